@@ -1,0 +1,62 @@
+"""The knobs of one LoRA adapter, under PEFT's names."""
+
+from typing import Literal
+
+from pydantic import field_validator, model_validator
+
+from lorafleet.config.knob import Section, knob
+
+
+class LoraConfig(Section):
+    """What one adapter looks like: ``ΔW = scaling · B · A`` (Hu et al. 2021, arXiv 2106.09685).
+
+    ``scaling`` is ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with ``use_rslora`` (arXiv 2312.03732).
+    """
+
+    r: int = knob(
+        8, "Rank of the update. 8 suffices for most tasks.", names=("lora_r", "lora_rank", "rank"), ge=1, le=4096
+    )
+    lora_alpha: float = knob(
+        16.0, "Scale numerator: ΔW = (lora_alpha / r)·B·A. 2·r is a common start.", names=("alpha",), gt=0
+    )
+    lora_dropout: float = knob(
+        0.0, "Probability of dropping an input feature of A, in training only.", names=("dropout",), ge=0, lt=1
+    )
+    target_modules: str | list[str] = knob(
+        "all-linear",
+        "Layers to adapt: names, suffixes, one regex, or all-linear, attention, mlp. "
+        "All linear layers beat attention alone at equal parameters.",
+        names=("lora_target_modules", "lora_target"),
+    )
+    exclude_modules: list[str] = knob([], "Names, suffixes or regexes of layers not to adapt.")
+    layers_to_transform: list[int] | None = knob(None, "Indices of the layers to adapt; all when not given.")
+    rank_pattern: dict[str, int] = knob({}, "Rank for modules whose name matches a key, for example {q_proj: 16}.")
+    alpha_pattern: dict[str, float] = knob({}, "lora_alpha for modules whose name matches a key.")
+    use_rslora: bool = knob(False, "Scale by lora_alpha / sqrt(r), which keeps high ranks stable.")
+    bias: Literal["none", "all", "lora_only"] = knob("none", "Which biases to train beside A and B.")
+    modules_to_save: list[str] = knob(
+        [], "Modules to train whole and save with the adapter, for example lm_head.", names=("additional_target",)
+    )
+    init_lora_weights: Literal["default", "gaussian"] = knob(
+        "default", "Start of A: default (Kaiming uniform) or gaussian (std 1/r). B starts at zero."
+    )
+
+    @field_validator("target_modules", mode="after")
+    @classmethod
+    def _one_spelling(cls, value: str | list[str]) -> str | list[str]:
+        if value in ("all", ["all"], ["all-linear"]):
+            return "all-linear"
+        if value in (["attention"], ["mlp"]):
+            return value[0]
+        return value
+
+    @model_validator(mode="after")
+    def _positive_patterns(self) -> "LoraConfig":
+        bad = [k for k, v in [*self.rank_pattern.items(), *self.alpha_pattern.items()] if v <= 0]
+        if bad:
+            raise ValueError(f"rank_pattern and alpha_pattern need values above 0; see {', '.join(bad)}")
+        return self
+
+    def scaling(self, r: int, alpha: float) -> float:
+        """The effective scale of a module with this rank and alpha."""
+        return alpha / r**0.5 if self.use_rslora else alpha / r
