@@ -1,0 +1,21 @@
+"""The mathematics of LoRA: layers, slots, routing. Plain torch.nn; knows no tokenizer, file or command line."""
+
+from lorafleet.lora.bank import LoraBank, SlotParameter, inject_lora
+from lorafleet.lora.functional import LoraSegment, lora_linear, lora_linear_reference
+from lorafleet.lora.layer import LoraLinear
+from lorafleet.lora.routing import BASE_ONLY, Routing, Segment
+from lorafleet.lora.targets import find_targets
+
+__all__ = [
+    "BASE_ONLY",
+    "LoraBank",
+    "LoraLinear",
+    "LoraSegment",
+    "Routing",
+    "Segment",
+    "SlotParameter",
+    "find_targets",
+    "inject_lora",
+    "lora_linear",
+    "lora_linear_reference",
+]

@@ -1,0 +1,364 @@
+"""All slots of one model: adapters enter, train or serve side by side, and leave."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from lorafleet.config.lora import LoraConfig
+from lorafleet.errors import AdapterError, RoutingError, did_you_mean, raise_all
+from lorafleet.lora.init import STARTS, generator_for, path_key
+from lorafleet.lora.layer import LoraLinear
+from lorafleet.lora.routing import Router, Routing
+from lorafleet.lora.saved import SlotBias, SlotModule
+from lorafleet.lora.targets import find_saved, find_targets, pattern_value
+
+PREFIX = "base_model.model."
+"""What PEFT puts before a module's path in an adapter's file."""
+
+
+class SlotParameter(NamedTuple):
+    """The part of a parameter that belongs to one slot; ``row`` is none where the whole parameter does."""
+
+    parameter: nn.Parameter
+    row: int | None
+
+    @property
+    def value(self) -> Tensor:
+        """The slot's values, a view."""
+        data = self.parameter.data
+        return data if self.row is None else data[self.row]
+
+    @property
+    def grad(self) -> Tensor | None:
+        """The slot's gradient, a view; none before the first backward pass."""
+        grad = self.parameter.grad
+        return grad if grad is None or self.row is None else grad[self.row]
+
+
+class LoraBank:
+    """The slots of one model, and the routing that its layers follow.
+
+    Made by :func:`inject_lora`. The bank replaces layers of ``model`` in place; the base's weights stay as they are
+    and stop requiring gradients.
+    """
+
+    def __init__(self, model: nn.Module, num_slots: int) -> None:
+        self.model = model
+        self.router = Router()
+        self.configs: list[LoraConfig | None] = [None] * num_slots
+        self.layers: dict[str, LoraLinear] = {}
+        self.saved: dict[str, SlotModule] = {}
+        self.biases: dict[str, SlotBias] = {}
+        self._targets: list[tuple[str, ...]] = [()] * num_slots
+        model.requires_grad_(False)
+
+    @property
+    def num_slots(self) -> int:
+        """Number of slots, filled or not."""
+        return len(self.configs)
+
+    def targets(self, slot: int) -> tuple[str, ...]:
+        """Paths of the layers that the adapter in ``slot`` adapts."""
+        self._filled(slot)
+        return self._targets[slot]
+
+    # -- adapters enter and leave ---------------------------------------------------------------------------------
+
+    def add(self, config: LoraConfig, *, seed: int = 0, slot: int | None = None) -> int:
+        """Put a fresh adapter into a slot; its output equals the base's until it is trained.
+
+        Args:
+            config: The adapter's knobs.
+            seed: A follows from this and the layer's path alone.
+            slot: Which slot; the first free one when not given, a new one when none is free.
+
+        Returns:
+            The slot.
+
+        Raises:
+            AdapterError: The slot is taken, or the model is merged.
+            ConfigError: The targets do not fit the model.
+        """
+        if self.router.merged_slot is not None:
+            raise AdapterError("the model is merged; unmerge before adding an adapter")
+        if slot is None:
+            slot = self.configs.index(None) if None in self.configs else self.num_slots
+        if slot < self.num_slots and self.configs[slot] is not None:
+            raise AdapterError(f"slot {slot} holds an adapter; remove it first")
+        with self._base_view():
+            targets = find_targets(self.model, config)
+            saved = find_saved(self.model, config)
+        self._reserve(slot + 1)
+        for path in targets:
+            self._fill_layer(path, slot, config, seed)
+        for path in saved:
+            self._fill_saved(path, slot)
+        if config.bias != "none":
+            self._fill_biases(slot, config)
+        self.configs[slot], self._targets[slot] = config, tuple(targets)
+        return slot
+
+    def remove(self, slot: int) -> None:
+        """Empty a slot; nothing of its adapter stays behind."""
+        self._filled(slot)
+        if self.router.merged_slot == slot:
+            raise AdapterError(f"slot {slot} is merged; unmerge before removing it")
+        for owner in self._owners():
+            owner.clear(slot)
+        self.configs[slot], self._targets[slot] = None, ()
+
+    def _filled(self, slot: int) -> LoraConfig:
+        config = self.configs[slot] if 0 <= slot < self.num_slots else None
+        if config is None:
+            taken = [i for i, c in enumerate(self.configs) if c is not None]
+            raise AdapterError(f"slot {slot} holds no adapter; filled slots are {taken}")
+        return config
+
+    def _reserve(self, num_slots: int) -> None:
+        missing = num_slots - self.num_slots
+        if missing <= 0:
+            return
+        self.configs += [None] * missing
+        self._targets += [()] * missing
+        for layer in self.layers.values():
+            layer.grow(num_slots, 0)
+        for bias in self.biases.values():
+            bias.grow(num_slots)
+
+    @contextmanager
+    def _base_view(self) -> Iterator[None]:
+        """Show the model as it was before injection, so that targets are found by the base's own paths."""
+        wrapped: list[tuple[str, nn.Module]] = [*self.layers.items(), *self.saved.items()]
+        for path, module in wrapped:
+            self._place(
+                path, module.base_layer if isinstance(module, LoraLinear) else cast(SlotModule, module).original
+            )
+        try:
+            yield
+        finally:
+            for path, module in wrapped:
+                self._place(path, module)
+
+    def _place(self, path: str, module: nn.Module) -> None:
+        parent, _, name = path.rpartition(".")
+        setattr(self.model.get_submodule(parent), name, module)
+
+    def _fill_layer(self, path: str, slot: int, config: LoraConfig, seed: int) -> None:
+        rank = int(pattern_value(config.rank_pattern, path, config.r))
+        layer = self.layers.get(path)
+        if layer is None:
+            base = self.model.get_submodule(path)
+            if isinstance(base, SlotModule):
+                raise AdapterError(f"{path} is in modules_to_save of another slot; an adapter cannot target it too")
+            layer = LoraLinear(base, self.num_slots, rank, self.router, path_key(path))
+            layer.train(base.training)
+            self.layers[path] = layer
+            self._place(path, layer)
+        layer.grow(self.num_slots, rank)
+        layer.ranks[slot] = rank
+        layer.scalings[slot] = config.scaling(rank, pattern_value(config.alpha_pattern, path, config.lora_alpha))
+        layer.dropouts[slot] = config.lora_dropout
+        STARTS[config.init_lora_weights](layer.lora_A.data[slot, :rank], generator_for(seed, path))
+
+    def _fill_saved(self, path: str, slot: int) -> None:
+        if path not in self.saved:
+            module = self.model.get_submodule(path)
+            if any(isinstance(inner, LoraLinear) for inner in module.modules()):
+                raise AdapterError(f"{path} holds layers that another slot adapts; it cannot be in modules_to_save too")
+            self.saved[path] = SlotModule(module, self.router)
+            self._place(path, self.saved[path])
+        self.saved[path].add(slot)
+
+    def _fill_biases(self, slot: int, config: LoraConfig) -> None:
+        for layer in self.layers.values():
+            if layer.ranks[slot] or config.bias == "all":
+                layer.train_bias(slot)
+        if config.bias == "lora_only":
+            return
+        inside = {id(m) for s in self.saved.values() for m in s.modules()}
+        with self._base_view():
+            owners = {p: m for p, m in self.model.named_modules() if isinstance(getattr(m, "bias", None), nn.Parameter)}
+        for path, owner in owners.items():
+            if path in self.layers or id(owner) in inside:
+                continue
+            if path not in self.biases:
+                self.biases[path] = SlotBias(owner, self.num_slots, self.router)
+            self.biases[path].slots.add(slot)
+
+    # -- tensors --------------------------------------------------------------------------------------------------
+
+    def slot_parameters(self, slot: int) -> dict[str, SlotParameter]:
+        """What training may change for this slot, by a stable name; ``value`` and ``grad`` are views."""
+        self._filled(slot)
+        found: dict[str, SlotParameter] = {}
+        for path, layer in self.layers.items():
+            if layer.ranks[slot]:
+                found[f"{path}.lora_A"] = SlotParameter(layer.lora_A, slot)
+                found[f"{path}.lora_B"] = SlotParameter(layer.lora_B, slot)
+            if layer.lora_bias is not None and layer.trains_bias[slot]:
+                found[f"{path}.lora_bias"] = SlotParameter(layer.lora_bias, slot)
+        for path, extra in self.biases.items():
+            if slot in extra.slots:
+                found[f"{path}.lora_bias"] = SlotParameter(extra.change, slot)
+        for path, saved in self.saved.items():
+            if str(slot) in saved.copies:
+                for name, parameter in saved.copies[str(slot)].named_parameters():
+                    found[f"{path}.{name}"] = SlotParameter(parameter, None)
+        return dict(sorted(found.items()))
+
+    def _file_tensors(self, slot: int) -> dict[str, tuple[Tensor, Tensor | None]]:
+        """The slot's tensors under PEFT's names: a view, and the base tensor that the file's value includes."""
+        self._filled(slot)
+        found: dict[str, tuple[Tensor, Tensor | None]] = {}
+        for path, layer in self.layers.items():
+            rank = layer.ranks[slot]
+            if rank:
+                found[f"{PREFIX}{path}.lora_A.weight"] = (layer.lora_A.data[slot, :rank], None)
+                found[f"{PREFIX}{path}.lora_B.weight"] = (layer.lora_B.data[slot, :, :rank], None)
+            if layer.lora_bias is not None and layer.trains_bias[slot]:
+                # A layer that this slot does not adapt is no LoRA layer in PEFT's eyes: its bias keeps its own name.
+                name = "base_layer.bias" if rank else "bias"
+                found[f"{PREFIX}{path}.{name}"] = (layer.lora_bias.data[slot], layer.bias)
+        for path, extra in self.biases.items():
+            if slot in extra.slots:
+                found[f"{PREFIX}{path}.bias"] = (extra.change.data[slot], extra.bias)
+        for path, saved in self.saved.items():
+            if str(slot) in saved.copies:
+                for name, tensor in saved.copies[str(slot)].state_dict().items():
+                    found[f"{PREFIX}{path}.{name}"] = (tensor, None)
+        return found
+
+    def state_dict(self, slot: int) -> dict[str, Tensor]:
+        """Copies of the slot's tensors under PEFT's names: A ``(r, in)``, B ``(out, r)``, whole modules, biases."""
+        return {
+            name: (view if base is None else base.to(view.dtype) + view).clone(memory_format=torch.contiguous_format)
+            for name, (view, base) in self._file_tensors(slot).items()
+        }
+
+    def load_state_dict(self, slot: int, tensors: Mapping[str, Tensor]) -> None:
+        """Fill the slot with an adapter's tensors, named as PEFT names them.
+
+        Raises:
+            AdapterError: Tensors are missing, surplus or of the wrong shape; the message lists all of them.
+        """
+        views = self._file_tensors(slot)
+        faults = [f"missing {name} {tuple(views[name][0].shape)}" for name in views if name not in tensors]
+        for name, tensor in tensors.items():
+            if name not in views:
+                faults.append(f"surplus {name} {tuple(tensor.shape)}{did_you_mean(name, views)}")
+            elif tensor.shape != views[name][0].shape:
+                faults.append(f"{name} is {tuple(tensor.shape)}, the model needs {tuple(views[name][0].shape)}")
+        raise_all(AdapterError, faults, "the adapter does not fit this model")
+        for name, (view, base) in views.items():
+            value = tensors[name].to(device=view.device, dtype=view.dtype)
+            view.copy_(value if base is None else value - base.to(view.dtype))
+
+    def clear_gradients(self) -> None:
+        """Forget the gradients of all slots."""
+        for parameter in self._parameters():
+            parameter.grad = None
+
+    def _parameters(self) -> Iterator[nn.Parameter]:
+        for owner in self._owners():
+            yield from (p for p in owner.parameters() if p.requires_grad)
+
+    def _owners(self) -> list[LoraLinear | SlotModule | SlotBias]:
+        return [*self.layers.values(), *self.saved.values(), *self.biases.values()]
+
+    # -- use ------------------------------------------------------------------------------------------------------
+
+    def route(self, routing: Routing) -> AbstractContextManager[None]:
+        """Put a routing in force within a ``with`` block; keep the backward pass inside it.
+
+        Raises:
+            RoutingError: A slot holds no adapter, or the model is merged into another slot.
+        """
+        merged = self.router.merged_slot
+        for slot in set(routing.slots) - {-1}:
+            if not 0 <= slot < self.num_slots or self.configs[slot] is None:
+                raise RoutingError(f"the routing names slot {slot}, which holds no adapter")
+        if merged is not None and set(routing.slots) != {merged}:
+            raise RoutingError(f"slot {merged} is merged into the base; only it can be used until unmerge")
+        return self.router.using(routing)
+
+    def disabled(self) -> AbstractContextManager[None]:
+        """Within a ``with`` block the model answers as the bare base.
+
+        Raises:
+            AdapterError: An adapter is merged, so there is no bare base.
+        """
+        if self.router.merged_slot is not None:
+            raise AdapterError(f"slot {self.router.merged_slot} is merged into the base; unmerge to use the base alone")
+        return self.router.using(self.router.routing, enabled=False)
+
+    def train(self, mode: bool = True) -> None:
+        """Turn the dropout of the adapters on or off; the base stays in ``eval()``, its own dropout off."""
+        self.model.eval()
+        for layer in self.layers.values():
+            layer.training = mode
+
+    def eval(self) -> None:
+        """Turn the dropout of the adapters off."""
+        self.train(False)
+
+    def checkpoint_contexts(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        """Contexts for ``torch.utils.checkpoint(context_fn=…)``: recomputation re-uses the routing of the forward."""
+        router = self.router
+        return router.using(router.routing, enabled=router.enabled), router.using(
+            router.routing, enabled=router.enabled
+        )
+
+    def merge(self, slot: int) -> None:
+        """Fold one adapter into the base: ``W = W0 + scaling·B·A``. The original weights are kept for unmerge.
+
+        Raises:
+            AdapterError: The slot is empty, or an adapter is merged already.
+        """
+        self._filled(slot)
+        if self.router.merged_slot is not None:
+            raise AdapterError(f"slot {self.router.merged_slot} is merged already; unmerge first")
+        for layer in self.layers.values():
+            if layer.active(slot):
+                layer.merge(slot)
+        self.router.merged_slot = slot
+
+    def unmerge(self) -> None:
+        """Put the original weights back, bit for bit.
+
+        Raises:
+            AdapterError: Nothing is merged.
+        """
+        if self.router.merged_slot is None:
+            raise AdapterError("nothing is merged")
+        for layer in self.layers.values():
+            layer.unmerge()
+        self.router.merged_slot = None
+
+
+def inject_lora(
+    model: nn.Module, config: LoraConfig | Sequence[LoraConfig], *, num_slots: int | None = None, seed: int = 0
+) -> LoraBank:
+    """Put LoRA layers into ``model`` and fill one slot for each config.
+
+    Args:
+        model: Changed in place: its targets become :class:`LoraLinear`, its own weights stop requiring gradients.
+        config: One adapter's knobs, or one for each slot.
+        num_slots: Slots to make; as many as configs when not given.
+        seed: Seed of the first adapter; the next ones count up.
+
+    Returns:
+        The bank that routes tokens to slots.
+
+    Raises:
+        AdapterError: The model carries a bank already.
+        ConfigError: Targets do not fit the model.
+    """
+    configs = [config] if isinstance(config, LoraConfig) else list(config)
+    find_targets(model, configs[0])
+    bank = LoraBank(model, num_slots or len(configs))
+    for number, one in enumerate(configs):
+        bank.add(one, seed=seed + number)
+    return bank

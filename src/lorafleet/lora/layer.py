@@ -1,0 +1,192 @@
+"""The LoRA layer: one frozen linear map and the A and B of every slot."""
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lorafleet.errors import AdapterError, ModelError
+from lorafleet.lora.functional import LoraSegment, lora_linear
+from lorafleet.lora.routing import Router, Segment
+
+
+def linear_shape(layer: nn.Module) -> tuple[int, int]:
+    """``(in, out)`` of an ``nn.Linear`` or a GPT-2 ``Conv1D``, whose weight is stored transposed."""
+    rows, columns = cast(Tensor, layer.weight).shape
+    return (rows, columns) if isinstance(layer, Conv1D) else (columns, rows)
+
+
+def mix_key(key: int, index: int) -> int:
+    """Mix two integers into one of 63 bits (the finaliser of splitmix64), for seeds that do not resemble each other."""
+    z = (key + 0x9E3779B97F4A7C15 * (index + 1)) & 0xFFFFFFFFFFFFFFFF
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+    return (z ^ (z >> 31)) >> 1
+
+
+def _frozen(value: Tensor, dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(value.to(dtype), requires_grad=False)
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear layer with ``K`` slots: ``y = W0·x + scaling_k · B_k·A_k·x`` for the tokens of slot k.
+
+    Args:
+        base_layer: ``nn.Linear`` or GPT-2's ``Conv1D``; kept as it is and frozen.
+        num_slots: Number of slots K.
+        r: Largest rank; ``lora_A`` is ``(K, r, in)``, ``lora_B`` is ``(K, out, r)``. Smaller ranks are zero-padded.
+        router: The routing in force; a layer of its own routing when not given.
+        key: A number of its own, from which its dropout masks follow.
+
+    Raises:
+        AdapterError: ``base_layer`` is a LoRA layer already.
+        ModelError: The layer's weight is not a plain floating-point matrix.
+    """
+
+    def __init__(
+        self, base_layer: nn.Module, num_slots: int = 1, r: int = 8, router: Router | None = None, key: int = 0
+    ) -> None:
+        super().__init__()
+        if isinstance(base_layer, LoraLinear):
+            raise AdapterError(
+                "this layer is a LoraLinear already; add an adapter to its bank instead of wrapping it again"
+            )
+        weight = getattr(base_layer, "weight", None)
+        if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
+            raise ModelError(
+                f"{type(base_layer).__name__} has no plain floating-point weight matrix; LoraLinear takes nn.Linear "
+                "and Conv1D, so load the base unquantized"
+            )
+        self.base_layer = base_layer.requires_grad_(False)
+        self.in_features, self.out_features = linear_shape(base_layer)
+        self.router = router or Router()
+        self.key = key
+        self.ranks, self.scalings, self.dropouts = [0] * num_slots, [0.0] * num_slots, [0.0] * num_slots
+        self.trains_bias = [False] * num_slots
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.lora_A = nn.Parameter(weight.new_zeros((num_slots, r, self.in_features), dtype=dtype))
+        self.lora_B = nn.Parameter(weight.new_zeros((num_slots, self.out_features, r), dtype=dtype))
+        self.lora_bias: nn.Parameter | None = None
+        self.unmerged: tuple[Tensor, Tensor | None] | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's weight, stored as the base stores it."""
+        return cast(Tensor, self.base_layer.weight)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's bias ``(out,)``, or none."""
+        return cast("Tensor | None", self.base_layer.bias)
+
+    def grow(self, num_slots: int, r: int) -> None:
+        """Make room for more slots or a larger rank; what the slots hold is kept, the parameters are new objects."""
+        old_slots, old_r, _ = self.lora_A.shape
+        slots, rank = max(num_slots, old_slots), max(r, old_r)
+        if (slots, rank) == (old_slots, old_r):
+            return
+        new_A = self.lora_A.new_zeros((slots, rank, self.in_features))
+        new_B = self.lora_B.new_zeros((slots, self.out_features, rank))
+        new_A[:old_slots, :old_r], new_B[:old_slots, :, :old_r] = self.lora_A.data, self.lora_B.data
+        self.lora_A, self.lora_B = nn.Parameter(new_A), nn.Parameter(new_B)
+        if self.lora_bias is not None:
+            new_bias = self.lora_bias.new_zeros((slots, self.out_features))
+            new_bias[:old_slots] = self.lora_bias.data
+            self.lora_bias = nn.Parameter(new_bias)
+        missing = slots - old_slots
+        self.ranks += [0] * missing
+        self.scalings += [0.0] * missing
+        self.dropouts += [0.0] * missing
+        self.trains_bias += [False] * missing
+
+    def train_bias(self, slot: int) -> None:
+        """Let a slot change the bias, if there is one: a row of a parameter ``(K, out)``, zero at the start."""
+        if self.bias is None:
+            return
+        if self.lora_bias is None:
+            self.lora_bias = nn.Parameter(self.lora_B.new_zeros((len(self.ranks), self.out_features)))
+        self.trains_bias[slot] = True
+
+    def clear(self, slot: int) -> None:
+        """Empty a slot: rank 0 and nothing but zeros."""
+        self.ranks[slot], self.scalings[slot], self.dropouts[slot], self.trains_bias[slot] = 0, 0.0, 0.0, False
+        with torch.no_grad():
+            for parameter in (self.lora_A, self.lora_B, self.lora_bias):
+                if parameter is not None:
+                    parameter[slot].zero_()
+                    if parameter.grad is not None:
+                        parameter.grad[slot].zero_()
+
+    def delta(self, slot: int) -> Tensor:
+        """``scaling · B·A`` of one slot, ``(out, in)`` in the adapter's precision."""
+        rank = self.ranks[slot]
+        return self.scalings[slot] * (self.lora_B.data[slot, :, :rank] @ self.lora_A.data[slot, :rank])
+
+    def merge(self, slot: int) -> None:
+        """Fold a slot into the base layer; the original parameters are kept.
+
+        Raises:
+            AdapterError: A slot is merged already.
+        """
+        if self.unmerged is not None:
+            raise AdapterError("this layer is merged already; unmerge first")
+        self.unmerged = (self.weight, self.bias)
+        delta = self.delta(slot)
+        # New parameters, so that a weight tied to another module changes here alone.
+        self.base_layer.weight = _frozen(
+            self.weight + (delta.T if isinstance(self.base_layer, Conv1D) else delta), self.weight.dtype
+        )
+        if self.bias is not None and self.lora_bias is not None:
+            self.base_layer.bias = _frozen(self.bias + self.lora_bias.data[slot], self.bias.dtype)
+
+    def unmerge(self) -> None:
+        """Put the original parameters back."""
+        if self.unmerged is not None:
+            for name, parameter in zip(("weight", "bias"), self.unmerged, strict=True):
+                setattr(self.base_layer, name, parameter)
+            self.unmerged = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the base and, segment by segment, its slot's update.
+
+        Args:
+            x: ``(..., in)``; the leading dimensions flattened are the tokens that the routing counts.
+
+        Raises:
+            RoutingError: The routing does not cover the batch.
+        """
+        router = self.router
+        if not router.enabled or router.merged_slot is not None:
+            return cast(Tensor, self.base_layer(x))
+        tokens = x.numel() // self.in_features
+        segments = [self._segment(s) for s in router.segments(tokens) if s.slot >= 0 and self.active(s.slot)]
+        if not segments:
+            return cast(Tensor, self.base_layer(x))
+        weight, bias = self.weight, self.bias
+        if isinstance(self.base_layer, Conv1D):
+            weight = weight.T
+        if torch.is_autocast_enabled(x.device.type):
+            lower = torch.get_autocast_dtype(x.device.type)
+            x, weight, bias = x.to(lower), weight.to(lower), None if bias is None else bias.to(lower)
+        y = lora_linear(
+            x.reshape(tokens, self.in_features), weight, bias, self.lora_A, self.lora_B, self.lora_bias, segments
+        )
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def active(self, slot: int) -> bool:
+        """Whether the slot's adapter changes this layer's output."""
+        return self.ranks[slot] > 0 or self.trains_bias[slot]
+
+    def _segment(self, segment: Segment) -> LoraSegment:
+        slot, start, stop, key = segment
+        p = self.dropouts[slot] if self.training else 0.0
+        seed = 0
+        if p:
+            # Without a key the mask follows torch's global generator, as nn.Dropout's does.
+            seed = mix_key(key, self.key) if key is not None else int(torch.randint(2**62, (1,)).item())
+        return LoraSegment(slot, start, stop, self.ranks[slot], self.scalings[slot], p, seed, self.trains_bias[slot])
+
+    def extra_repr(self) -> str:
+        """Show shapes and ranks in a printed model."""
+        return f"in={self.in_features}, out={self.out_features}, ranks={self.ranks}"

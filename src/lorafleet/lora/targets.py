@@ -1,0 +1,151 @@
+"""Find the layers that an adapter adapts."""
+
+import re
+from collections.abc import Mapping
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lorafleet.config.lora import LoraConfig
+from lorafleet.errors import AdapterError, ConfigError, did_you_mean, raise_all
+
+SHORTHANDS = ("all-linear", "attention", "mlp")
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every ``nn.Linear`` and ``Conv1D`` of a model by its path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The module that turns hidden states into logits, where the model says which it is."""
+    get = getattr(model, "get_output_embeddings", None)
+    return get() if callable(get) else None
+
+
+def matches(name: str, path: str) -> bool:
+    """Whether ``name`` is the module's path, a suffix of it at a dot, or a regex for all of it."""
+    if path == name or path.endswith(f".{name}"):
+        return True
+    return not is_plain(name) and re.fullmatch(name, path) is not None
+
+
+def is_plain(name: str) -> bool:
+    """Whether a name has no character that only a regex would have."""
+    return re.fullmatch(r"[\w.\-]+", name) is not None
+
+
+def in_attention(path: str) -> bool:
+    """Whether a layer belongs to an attention block, by the names that Hugging Face models use."""
+    return any("attn" in part or "attention" in part for part in path.split("."))
+
+
+def layer_index(path: str) -> int | None:
+    """The number of the block a module stands in: the first number of its path."""
+    found = re.match(r".*?\.[^.]*\.(\d+)\.", f".{path}")
+    return int(found[1]) if found else None
+
+
+def pattern_value(patterns: Mapping[str, float], path: str, default: float) -> float:
+    """The value of the first pattern that matches the end of ``path``, with PEFT's rule."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", path):
+            return value
+    return default
+
+
+def _wanted(config: LoraConfig) -> list[str]:
+    """``target_modules`` as a list: commas separate plain names, anything else in one string is one regex."""
+    targets = config.target_modules
+    if isinstance(targets, list):
+        return targets
+    names = [name.strip() for name in targets.split(",")]
+    return names if all(is_plain(name) for name in names) else [targets]
+
+
+def _select(name: str, candidates: dict[str, nn.Module], head: nn.Module | None) -> set[str]:
+    if name not in SHORTHANDS:
+        return {path for path in candidates if matches(name, path)}
+    body = {path for path, module in candidates.items() if module is not head}
+    if name == "all-linear":
+        return body
+    return {path for path in body if in_attention(path) == (name == "attention")}
+
+
+def _suffixes(paths: dict[str, nn.Module]) -> list[str]:
+    return sorted({path.rsplit(".", 1)[-1] for path in paths})
+
+
+def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
+    """Find the layers that ``config`` adapts, in the model's order.
+
+    ``all-linear`` leaves the output head out, as PEFT does. Works on the meta device.
+
+    Args:
+        model: Any model; layers are found by type, ``nn.Linear`` or GPT-2's ``Conv1D``.
+        config: Its ``target_modules``, ``exclude_modules``, ``layers_to_transform`` and ``modules_to_save`` decide.
+
+    Returns:
+        The layers by their path in ``model``.
+
+    Raises:
+        AdapterError: The model carries LoRA layers already.
+        ConfigError: A name matches no linear layer; the message lists the model's layers and the nearest name.
+    """
+    if any(type(module).__name__ == "LoraLinear" for module in model.modules()):
+        raise AdapterError("this model carries a lorafleet bank already; use bank.add instead of injecting twice")
+    candidates = linear_layers(model)
+    head = output_head(model)
+    suffixes = _suffixes(candidates)
+    faults, chosen = [], set[str]()
+    for name in _wanted(config):
+        found = _select(name, candidates, head)
+        if not found:
+            faults.append(
+                f"target_modules: {name!r} matches no linear layer of {type(model).__name__}"
+                f"{did_you_mean(name, [*suffixes, *SHORTHANDS])}; its linear layers are {', '.join(suffixes) or 'none'}"
+            )
+        chosen |= found
+    for name in config.exclude_modules:
+        excluded = {path for path in candidates if matches(name, path)}
+        if not excluded:
+            faults.append(f"exclude_modules: {name!r} matches no linear layer{did_you_mean(name, suffixes)}")
+        chosen -= excluded
+    if config.layers_to_transform is not None:
+        indices = {layer_index(path) for path in candidates} - {None}
+        absent = sorted(set(config.layers_to_transform) - indices)
+        if absent:
+            faults.append(f"layers_to_transform: {absent} not among the model's {len(indices)} layers, counted from 0")
+        chosen = {path for path in chosen if layer_index(path) in config.layers_to_transform}
+    chosen = {path for path in chosen if not any(in_saved(name, path) for name in config.modules_to_save)}
+    if not chosen and not faults:
+        faults.append("target_modules, exclude_modules and layers_to_transform together leave no layer to adapt")
+    for patterns, knob in ((config.rank_pattern, "rank_pattern"), (config.alpha_pattern, "alpha_pattern")):
+        for pattern in patterns:
+            if chosen and not any(re.match(rf"(.*\.)?({pattern})$", path) for path in chosen):
+                faults.append(f"{knob}: {pattern!r} matches no adapted layer{did_you_mean(pattern, suffixes)}")
+    raise_all(ConfigError, faults, "the adapter does not fit the model")
+    return {path: module for path, module in candidates.items() if path in chosen}
+
+
+def in_saved(name: str, path: str) -> bool:
+    """Whether ``path`` is, or stands inside, a module that ``modules_to_save`` names."""
+    return re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", path) is not None
+
+
+def find_saved(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
+    """Find the modules that ``modules_to_save`` names, by path.
+
+    Raises:
+        ConfigError: A name matches no module; the message names the nearest.
+    """
+    modules = {path: module for path, module in model.named_modules() if path}
+    faults, chosen = [], {}
+    for name in config.modules_to_save:
+        found = {path: module for path, module in modules.items() if path == name or path.endswith(f".{name}")}
+        if not found:
+            leaves = sorted({path.rsplit(".", 1)[-1] for path in modules})
+            faults.append(f"modules_to_save: {name!r} matches no module{did_you_mean(name, leaves)}")
+        chosen.update(found)
+    raise_all(ConfigError, faults, "the adapter does not fit the model")
+    return chosen

@@ -1,0 +1,92 @@
+"""The hand-written product against plain autograd."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from lorafleet.lora import LoraSegment, lora_linear, lora_linear_reference
+from lorafleet.lora.functional import dropout_mask
+
+IN, OUT, R = 5, 7, 3
+
+LAYOUTS = {
+    "one segment": [LoraSegment(0, 0, 12, 3, 2.0)],
+    "distinct, equal lengths": [LoraSegment(k, 4 * k, 4 * k + 4, 3, 0.5 + k) for k in range(3)],
+    "mixed ranks, equal lengths": [LoraSegment(k, 4 * k, 4 * k + 4, k + 1, 0.5 + k) for k in range(3)],
+    "ragged": [LoraSegment(2, 0, 1, 2, 1.0), LoraSegment(0, 1, 9, 3, 0.25), LoraSegment(1, 9, 12, 1, 4.0)],
+    "a slot twice": [LoraSegment(1, 0, 4, 3, 1.5), LoraSegment(0, 4, 8, 3, 1.0), LoraSegment(1, 8, 12, 3, 1.5)],
+    "base rows between": [LoraSegment(0, 2, 5, 3, 1.0), LoraSegment(2, 8, 11, 2, 1.0)],
+    "rank 0": [LoraSegment(0, 0, 6, 0, 0.0, trains_bias=True), LoraSegment(1, 6, 12, 3, 1.0)],
+    "dropout": [LoraSegment(0, 0, 5, 3, 1.0, 0.5, 11), LoraSegment(1, 5, 12, 2, 1.0, 0.3, 12)],
+    "biases": [LoraSegment(k, 4 * k, 4 * k + 4, 3, 1.0, trains_bias=k != 1) for k in range(3)],
+}
+
+
+def tensors(dtype: torch.dtype, segments: list[LoraSegment]) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    shapes = {
+        "x": (12, IN),
+        "weight": (OUT, IN),
+        "bias": (OUT,),
+        "lora_A": (3, R, IN),
+        "lora_B": (3, OUT, R),
+        "lora_bias": (3, OUT),
+    }
+    made = {name: torch.randn(shape, generator=generator, dtype=dtype) for name, shape in shapes.items()}
+    ranks = {s.slot: s.rank for s in segments}
+    for slot in range(3):
+        made["lora_A"][slot, ranks.get(slot, 0) :] = 0
+        made["lora_B"][slot, :, ranks.get(slot, 0) :] = 0
+    return {name: tensor.requires_grad_() for name, tensor in made.items()}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_equals_the_reference_forward_and_backward(layout: str, dtype: torch.dtype, tolerance: float) -> None:
+    segments = LAYOUTS[layout]
+    fast, slow = tensors(dtype, segments), tensors(dtype, segments)
+    y, expected = lora_linear(**fast, segments=segments), lora_linear_reference(**slow, segments=segments)
+    torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
+    weight = torch.randn(y.shape, dtype=dtype, generator=torch.Generator().manual_seed(2))
+    (y * weight).sum().backward()
+    (expected * weight).sum().backward()
+    for name, tensor in fast.items():
+        wanted = slow[name].grad if slow[name].grad is not None else torch.zeros_like(slow[name])
+        torch.testing.assert_close(tensor.grad, wanted, rtol=tolerance, atol=tolerance, msg=name)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradcheck(layout: str) -> None:
+    segments = LAYOUTS[layout]
+    made = tensors(torch.float64, segments)
+    assert torch.autograd.gradcheck(lambda *t: lora_linear(*t, segments), tuple(made.values()))
+
+
+def test_rank_padding_gets_no_gradient() -> None:
+    segments = LAYOUTS["mixed ranks, equal lengths"]
+    made = tensors(torch.float32, segments)
+    lora_linear(**made, segments=segments).square().sum().backward()
+    for slot, rank in ((0, 1), (1, 2)):
+        assert made["lora_A"].grad is not None and made["lora_B"].grad is not None
+        assert not made["lora_A"].grad[slot, rank:].any()
+        assert not made["lora_B"].grad[slot, :, rank:].any()
+
+
+def test_dropout_mask_follows_its_seed_and_keeps_the_mean() -> None:
+    like = torch.zeros(1)
+    mask = dropout_mask(3, (200, 50), 0.25, like)
+    assert torch.equal(mask, dropout_mask(3, (200, 50), 0.25, like))
+    assert not torch.equal(mask, dropout_mask(4, (200, 50), 0.25, like))
+    assert mask.unique().tolist() == [0.0, pytest.approx(1 / 0.75)]
+    assert mask.mean().item() == pytest.approx(1.0, abs=0.02)
+
+
+def test_only_the_input_and_rank_wide_tensors_are_kept_for_backward() -> None:
+    segments = LAYOUTS["one segment"]
+    made = tensors(torch.float32, segments)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        lora_linear(**made, segments=segments)
+    known = {made[name].data_ptr() for name in ("x", "weight", "lora_A", "lora_B")}
+    others = [tuple(t.shape) for t in kept if t.data_ptr() not in known]
+    assert others == [(12, R)]
