@@ -1,0 +1,169 @@
+"""Which rows make a step, and how rows become one flat batch. All of it follows from the seed and the step."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lorafleet.lora.routing import Routing
+
+
+class TrainRow(Protocol):
+    """What a batch needs of a row: its ids and which of them are targets, both ``(tokens,)``."""
+
+    @property
+    def input_ids(self) -> Any:
+        """Token ids."""
+
+    @property
+    def loss_mask(self) -> Any:
+        """True where the token is to be predicted."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The order of rows over a run, without state: any step can be asked for at any time.
+
+    Args:
+        rows: Number of rows.
+        batch_size: Rows in a micro-batch; the last of an epoch may be smaller.
+        accumulation: Micro-batches in a step; the last step of an epoch may have fewer.
+        seed: Seed of the shuffles; each epoch has its own.
+    """
+
+    rows: int
+    batch_size: int
+    accumulation: int
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one pass over the rows."""
+        return math.ceil(math.ceil(self.rows / self.batch_size) / self.accumulation)
+
+    def total_steps(self, epochs: float, max_steps: int | None) -> int:
+        """Optimizer steps of a run; ``max_steps`` replaces ``epochs``."""
+        return max_steps if max_steps is not None else max(1, math.ceil(epochs * self.steps_per_epoch))
+
+    def window(self, step: int) -> list[list[int]]:
+        """Row numbers of each micro-batch of one optimizer step, counted from 0."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        order = np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(self.rows)
+        size = self.batch_size * self.accumulation
+        chosen = order[position * size : (position + 1) * size].tolist()
+        return [chosen[i : i + self.batch_size] for i in range(0, len(chosen), self.batch_size)]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One adapter's share of a batch.
+
+    Args:
+        slot: Its slot, or -1 for the bare base.
+        rows: Its rows.
+        weight: Factor of each target's loss, one over the targets of the whole accumulation window.
+        dropout_key: From which the dropout masks of this micro-batch follow.
+    """
+
+    slot: int
+    rows: Sequence[TrainRow]
+    weight: float = 1.0
+    dropout_key: int = 0
+
+
+@dataclass(frozen=True)
+class FlatBatch:
+    """Sequences of several adapters, one after another in one row of tokens.
+
+    Args:
+        input_ids: ``(tokens,)``.
+        lengths: Tokens of each sequence.
+        slots: Slot of each part.
+        part_rows: Sequences of each part.
+        part_targets: Targets of each part.
+        positions: ``(targets,)``, the flat position whose logits predict each target.
+        targets: ``(targets,)``, token ids.
+        weights: ``(targets,)``, factor of each target's loss.
+        dropout_keys: Of each part.
+    """
+
+    input_ids: Tensor
+    lengths: tuple[int, ...]
+    slots: tuple[int, ...]
+    part_rows: tuple[int, ...]
+    part_targets: tuple[int, ...]
+    positions: Tensor
+    targets: Tensor
+    weights: Tensor
+    dropout_keys: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in the batch, targets or not."""
+        return int(self.input_ids.shape[0])
+
+    @cached_property
+    def position_ids(self) -> Tensor:
+        """``(tokens,)``, restarting at each sequence."""
+        return torch.cat([torch.arange(length) for length in self.lengths])
+
+    def routing(self, *, padded: bool) -> Routing:
+        """The routing of the batch, by tokens when flat and by rows when padded."""
+        if padded:
+            return Routing(self.slots, self.part_rows, "rows", self.dropout_keys)
+        ends = np.cumsum([0, *self.lengths])[np.cumsum([0, *self.part_rows])]
+        return Routing(self.slots, tuple(np.diff(ends).tolist()), "tokens", self.dropout_keys)
+
+    def padded(self, pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids and mask ``(rows, longest)``, and the targets' positions in the flattened padded batch."""
+        longest = max(self.lengths)
+        ids = torch.full((len(self.lengths), longest), pad_id)
+        mask = torch.zeros_like(ids)
+        shift, start = torch.empty(self.tokens, dtype=torch.long), 0
+        for row, length in enumerate(self.lengths):
+            ids[row, :length] = self.input_ids[start : start + length]
+            mask[row, :length] = 1
+            shift[start : start + length] = row * longest - start
+            start += length
+        return ids, mask, self.positions + shift[self.positions]
+
+
+def collate(parts: Sequence[Part]) -> FlatBatch:
+    """Lay the parts one after another. Within a part, rows go by length, so that equal lengths share a product."""
+    ids: list[Tensor] = []
+    positions: list[Tensor] = []
+    weights: list[float] = []
+    part_targets, start = [], 0
+    for part in parts:
+        count = 0
+        for row in sorted(part.rows, key=lambda r: len(r.input_ids)):
+            tokens = torch.as_tensor(np.asarray(row.input_ids), dtype=torch.long)
+            where = torch.as_tensor(np.flatnonzero(np.asarray(row.loss_mask)[1:]))
+            ids.append(tokens)
+            positions.append(where + start)
+            count += len(where)
+            start += len(tokens)
+        weights += [part.weight] * count
+        part_targets.append(count)
+    flat, where = torch.cat(ids), torch.cat(positions)
+    return FlatBatch(
+        input_ids=flat,
+        lengths=tuple(len(tokens) for tokens in ids),
+        slots=tuple(part.slot for part in parts),
+        part_rows=tuple(len(part.rows) for part in parts),
+        part_targets=tuple(part_targets),
+        positions=where,
+        targets=flat[where + 1],
+        weights=torch.tensor(weights, dtype=torch.float64),
+        dropout_keys=tuple(part.dropout_key for part in parts),
+    )
+
+
+def count_targets(rows: Sequence[TrainRow]) -> int:
+    """Supervised tokens of rows; the first token of a row has nothing before it and cannot be one."""
+    return sum(int(np.count_nonzero(np.asarray(row.loss_mask)[1:])) for row in rows)

@@ -1,0 +1,179 @@
+"""The loss of supervised tokens, computed where it counts and never for the whole vocabulary at once."""
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from lorafleet.data.batches import FlatBatch, Part, TrainRow, collate
+from lorafleet.lora import LoraBank, Routing
+from lorafleet.models.attention import flat_inputs, use_flat_attention
+
+CHUNK = 256
+"""Targets whose logits exist at the same time: enough rows for a fast product, 50 MB at a vocabulary of 49k."""
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Weighted cross-entropy behind a frozen output head, with the gradient computed in the forward pass.
+
+    ``L = Σ w_i (logsumexp(z_i) - z_i[t_i])``, ``z = h·Wᵀ + b``;  ``∂L/∂z_i = w_i (softmax(z_i) - onehot(t_i))``.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        needs_grad = ctx.needs_input_grad[0]
+        losses, grad = weights.new_empty(len(hidden)), torch.empty_like(hidden if needs_grad else hidden[:0])
+        for start in range(0, len(hidden), CHUNK):
+            part = slice(start, start + CHUNK)
+            logits = F.linear(hidden[part], weight, bias).to(weights.dtype)
+            losses[part], log_total = _cross_entropy(logits, targets[part])
+            if needs_grad:
+                grad_logits = logits.sub_(log_total[:, None]).exp_()
+                grad_logits[torch.arange(len(logits)), targets[part]] -= 1
+                grad[part] = grad_logits.mul_(weights[part, None]).to(hidden.dtype) @ weight
+        ctx.save_for_backward(grad)
+        ctx.mark_non_differentiable(losses)
+        return (losses * weights).sum(), losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = ctx.saved_tensors
+        return grad * grad_loss.to(grad.dtype), None, None, None, None
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss of each row of ``logits (n, vocabulary)`` and the log of the sum of its exponentials."""
+    log_total = logits.logsumexp(dim=-1)
+    return log_total - logits.gather(1, targets[:, None])[:, 0], log_total
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """The loss of a batch: ``total`` is the weighted sum to differentiate, ``parts`` each part's summed loss."""
+
+    total: Tensor
+    parts: tuple[float, ...]
+
+
+class LossModel:
+    """A base, prepared to give the loss of flat batches.
+
+    What the model can do is found out once by comparing logits on a few tokens: flat attention or padded batches, and
+    whether its logits are its head applied to its hidden states (some models scale or cap them, and then the model's
+    own logits are used).
+
+    Args:
+        model: A causal language model of transformers.
+        bank: Its slots, or none for the bare base.
+        pad_id: Id that fills padded batches.
+    """
+
+    def __init__(self, model: PreTrainedModel, bank: LoraBank | None, pad_id: int) -> None:
+        self.model, self.bank, self.pad_id = model, bank, pad_id
+        self.device = next(model.parameters()).device
+        with torch.no_grad(), bank.disabled() if bank else nullcontext():
+            self.flat = use_flat_attention(model)
+            self.decoder = self._plain_decoder()
+
+    def _plain_decoder(self) -> Callable[..., Any] | None:
+        """The part of the model before its head, if head(decoder(x)) equals the model's logits."""
+        decoder, head = self.model.base_model, self.model.get_output_embeddings()
+        if decoder is self.model or head is None:
+            return None
+        ids = torch.arange(5, device=self.device)[None]
+        mine = head(decoder(input_ids=ids, use_cache=False)[0])
+        wanted = self.model(input_ids=ids, use_cache=False).logits
+        return decoder if mine.shape == wanted.shape and torch.allclose(mine, wanted, rtol=1e-4, atol=1e-4) else None
+
+    def __call__(self, batch: FlatBatch) -> TokenLoss:
+        """Loss of a batch; a batch without targets has loss 0."""
+        if not len(batch.targets):
+            return TokenLoss(torch.zeros((), requires_grad=True), (0.0,) * len(batch.slots))
+        targets = batch.targets.to(self.device)
+        weights = batch.weights.to(self.device, torch.promote_types(self.model.dtype, torch.float32))
+        inputs, positions = self._inputs(batch)
+        with self._route(batch.routing(padded=not self.flat)):
+            if self.decoder is None:
+                logits = self._model_logits(inputs, positions).to(weights.dtype)
+                losses = _cross_entropy(logits, targets)[0]
+                total = (losses * weights).sum()
+            else:
+                hidden = self.decoder(**inputs)[0].flatten(0, 1).index_select(0, positions)
+        if self.decoder is not None:
+            total, losses = self._head_loss(hidden, targets, weights, batch)
+        sums = losses.detach().split(list(batch.part_targets))
+        return TokenLoss(total, tuple(float(part.sum()) for part in sums))
+
+    def _inputs(self, batch: FlatBatch) -> tuple[dict[str, Any], Tensor]:
+        """Arguments of the model's forward, and where the targets' predictions stand in its flattened output."""
+        if self.flat:
+            ids, positions = batch.input_ids.to(self.device)[None], batch.position_ids.to(self.device)[None]
+            return flat_inputs(ids, positions, batch.lengths), batch.positions.to(self.device)
+        padded_ids, mask, where = batch.padded(self.pad_id)
+        inputs = {"input_ids": padded_ids.to(self.device), "attention_mask": mask.to(self.device), "use_cache": False}
+        return inputs, where.to(self.device)
+
+    def _model_logits(self, inputs: dict[str, Any], positions: Tensor) -> Tensor:
+        if self.flat and self.bank is None:
+            return cast(Tensor, self.model(**inputs, logits_to_keep=positions).logits)[0]
+        return cast(Tensor, self.model(**inputs).logits).flatten(0, 1).index_select(0, positions)
+
+    def _route(self, routing: Routing) -> AbstractContextManager[None]:
+        return self.bank.route(routing) if self.bank else nullcontext()
+
+    def _head_loss(self, hidden: Tensor, targets: Tensor, weights: Tensor, batch: FlatBatch) -> tuple[Tensor, Tensor]:
+        head = self.model.get_output_embeddings()
+        if isinstance(head, nn.Linear) and not head.weight.requires_grad and not head._forward_hooks:
+            return cast("tuple[Tensor, Tensor]", _HeadLoss.apply(hidden, head.weight, head.bias, targets, weights))
+        # The head has adapters: plain autograd, one part and chunk at a time, recomputed in the backward pass.
+        losses, start = [], 0
+        for slot, count in zip(batch.slots, batch.part_targets, strict=True):
+            for begin in range(start, start + count, CHUNK):
+                part = slice(begin, min(begin + CHUNK, start + count))
+                arguments = (head, hidden[part], targets[part], slot, weights.dtype)
+                losses.append(checkpoint(self._adapted_head, *arguments, use_reentrant=False))
+            start += count
+        together = torch.cat(losses)
+        return (together * weights).sum(), together
+
+    def _adapted_head(self, head: nn.Module, hidden: Tensor, targets: Tensor, slot: int, dtype: torch.dtype) -> Tensor:
+        with self._route(Routing((slot,), (len(hidden),))):
+            return _cross_entropy(head(hidden).to(dtype), targets)[0]
+
+
+def mean_losses(
+    loss_model: LossModel, rows: Sequence[TrainRow], slots: Sequence[int], batch_size: int
+) -> list[tuple[float, int]]:
+    """Mean cross-entropy of the same rows under several slots at once, without gradients.
+
+    Args:
+        loss_model: The base and its bank.
+        rows: Rows to measure.
+        slots: Slots to measure with, each on all rows; -1 is the bare base.
+        batch_size: Rows of each slot in a batch.
+
+    Returns:
+        For each slot, the mean over all supervised tokens in nats, and their number.
+    """
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].input_ids))
+    sums: list[list[float]] = [[] for _ in slots]
+    counts = [0] * len(slots)
+    with torch.no_grad():
+        for start in range(0, len(order), batch_size):
+            chosen = [rows[i] for i in order[start : start + batch_size]]
+            batch = collate([Part(slot, chosen) for slot in slots])
+            for number, (loss, count) in enumerate(zip(loss_model(batch).parts, batch.part_targets, strict=True)):
+                sums[number].append(loss)
+                counts[number] += count
+    return [(math.fsum(s) / n if n else math.nan, n) for s, n in zip(sums, counts, strict=True)]

@@ -1,0 +1,199 @@
+"""Attention over a flat batch: several sequences in one row, without padding and without a mask.
+
+Hugging Face models look their attention up by name (``AttentionInterface``) and hand their keyword arguments on to
+it, so the layout of the batch travels as an argument of the forward call. A causal mask would cost T² and turn off
+native grouped-query attention; runs of equal length go through one ``scaled_dot_product_attention`` instead.
+"""
+
+import logging
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+logger = logging.getLogger(__name__)
+
+FLAT = "lorafleet_flat"
+"""The name under which the attention is registered with transformers."""
+
+_IGNORED = {"position_ids", "cache", "past_key_values", "use_cache", "output_attentions", "position_embeddings"}
+
+
+@dataclass(frozen=True)
+class FlatLayout:
+    """The lengths of the sequences of a flat batch, in order. Equal lengths side by side share one product."""
+
+    lengths: tuple[int, ...]
+
+    @cached_property
+    def runs(self) -> tuple[tuple[int, int, int], ...]:
+        """``(start, count, length)`` of each run of equal lengths."""
+        runs, start = [], 0
+        for length, group in groupby(self.lengths):
+            count = len(list(group))
+            runs.append((start, count, length))
+            start += count * length
+        return tuple(runs)
+
+    def bounds(self, device: torch.device) -> Tensor:
+        """Cumulative lengths ``(sequences + 1,)`` as varlen kernels want them."""
+        return torch.tensor([0, *self.lengths], device=device).cumsum(0).to(torch.int32)
+
+
+class UnsupportedAttention(Exception):
+    """The model asks its attention for something that the flat one does not do; the padded path does it."""
+
+
+def flat_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    flat_layout: FlatLayout | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each sequence of a flat batch; without a layout, transformers' own SDPA.
+
+    Args:
+        module: The model's attention module.
+        query: ``(1, heads, tokens, dim)``.
+        key: ``(1, kv_heads, tokens, dim)``.
+        value: ``(1, kv_heads, tokens, dim)``.
+        attention_mask: Not used with a layout.
+        scaling: Factor of the scores; 1/sqrt(dim) when not given.
+        dropout: Of the scores; must be 0 with a layout.
+        sliding_window: Tokens that a position sees, itself included.
+        is_causal: The module's own setting when not given.
+        flat_layout: Lengths of the sequences.
+        kwargs: Whatever else the model hands on.
+
+    Returns:
+        ``(1, tokens, heads, dim)`` and no weights.
+
+    Raises:
+        UnsupportedAttention: The model needs score caps, sinks, biases, dropout or attention both ways.
+    """
+    if flat_layout is None:
+        passed = kwargs | {"sliding_window": sliding_window}
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **passed
+        )
+    foreign = sorted(name for name, given in kwargs.items() if given is not None and name not in _IGNORED)
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    if foreign or dropout or not causal:
+        raise UnsupportedAttention(f"needs {', '.join(foreign) or ('dropout' if dropout else 'non-causal attention')}")
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        return _varlen(query, key, value, scaling, sliding_window, flat_layout), None
+    gqa = query.shape[1] != key.shape[1]
+    parts = []
+    for start, count, length in flat_layout.runs:
+        q, k, v = (_rows(t, start, count, length) for t in (query, key, value))
+        window = sliding_window is not None and sliding_window < length
+        mask = _band(length, sliding_window, q.device) if window and sliding_window else None
+        out = scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=gqa
+        )
+        parts.append(out.transpose(1, 2).reshape(count * length, *out.shape[1::2]))
+    return (parts[0] if len(parts) == 1 else torch.cat(parts))[None], None
+
+
+def _rows(tensor: Tensor, start: int, count: int, length: int) -> Tensor:
+    """A run of equal lengths as ``(count, heads, length, dim)``, a view."""
+    return tensor[0, :, start : start + count * length].unflatten(1, (count, length)).transpose(0, 1)
+
+
+def _band(length: int, window: int, device: torch.device) -> Tensor:
+    """Causal mask ``(length, length)`` of a sliding window."""
+    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)[None]
+    return (distance >= 0) & (distance < window)
+
+
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None, layout: FlatLayout
+) -> Tensor:
+    """Flash attention's variable-length kernel."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    bounds = layout.bounds(query.device)
+    longest = max(layout.lengths)
+    q, k, v = (t[0].transpose(0, 1).contiguous() for t in (query, key, value))
+    out = varlen_attn(
+        q,
+        k,
+        v,
+        bounds,
+        bounds,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    assert isinstance(out, Tensor)
+    return out[None]
+
+
+AttentionInterface.register(FLAT, flat_attention)
+AttentionMaskInterface.register(FLAT, sdpa_mask)
+
+
+def flat_inputs(input_ids: Tensor, position_ids: Tensor, lengths: tuple[int, ...]) -> dict[str, Any]:
+    """Arguments of a model's forward for a flat batch ``(1, tokens)``.
+
+    An empty 4-D mask is handed through untouched by transformers' mask code, which would build a T² mask otherwise.
+    """
+    return {
+        "input_ids": input_ids,
+        "position_ids": position_ids,
+        "attention_mask": torch.empty((0, 0, 0, 0), device=input_ids.device),
+        "use_cache": False,
+        "flat_layout": FlatLayout(lengths),
+    }
+
+
+def use_flat_attention(model: PreTrainedModel) -> bool:
+    """Switch a model to flat attention if that gives the same logits; leave it as it was if not.
+
+    Two short sequences are run in one flat row and each alone. Models outside transformers' attention interface, and
+    those with score caps, sinks or recurrent layers, fail the comparison and keep their own attention.
+
+    Returns:
+        Whether flat batches work on this model.
+    """
+    before = model.config._attn_implementation
+    device = next(model.parameters()).device
+    ids = torch.arange(11, device=device)[None] % model.config.get_text_config().vocab_size
+    positions = torch.tensor([[*range(4), *range(7)]], device=device)
+    with torch.no_grad():
+        alone = torch.cat([model(input_ids=part, use_cache=False).logits[0] for part in ids.split([4, 7], dim=1)])
+        try:
+            model.set_attn_implementation(FLAT)
+            together = model(**flat_inputs(ids, positions, (4, 7))).logits[0]
+            reason = _difference(together, alone)
+        except (UnsupportedAttention, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+            reason = f"{type(error).__name__}: {error}"
+    if reason is None:
+        return True
+    model.set_attn_implementation(before)
+    logger.info("flat batches do not work on %s (%s); using padded batches", type(model).__name__, reason)
+    return False
+
+
+def _difference(together: Tensor, alone: Tensor) -> str | None:
+    if together.shape != alone.shape:
+        return f"logits have shape {tuple(together.shape)}, not {tuple(alone.shape)}"
+    tolerance = 1e-4 if together.dtype in (torch.float32, torch.float64) else 5e-2
+    relative = ((together - alone).abs().max() / alone.abs().max()).item()
+    return None if relative <= tolerance else f"logits differ by {relative:.1e} relative"

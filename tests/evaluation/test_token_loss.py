@@ -1,0 +1,109 @@
+"""Flat batches and the chunked loss against a plain padded loop over transformers."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lorafleet.config.lora import LoraConfig
+from lorafleet.data.batches import Part, collate
+from lorafleet.evaluation import token_loss
+from lorafleet.evaluation.token_loss import LossModel, mean_losses
+from lorafleet.lora import inject_lora
+from tests.lora.test_bank import fill
+from tests.tiny import ARCHITECTURES, tiny_model
+
+
+@dataclass(frozen=True)
+class Row:
+    input_ids: np.ndarray
+    loss_mask: np.ndarray
+
+
+def make_rows(seed: int, lengths: tuple[int, ...] = (7, 4, 9, 4)) -> list[Row]:
+    rng = np.random.default_rng(seed)
+    return [Row(rng.integers(3, 500, n).astype(np.int32), rng.random(n) < 0.6) for n in lengths]
+
+
+def plain_losses(model: nn.Module, rows: list[Row]) -> list[Tensor]:
+    """Each row alone through the model's own forward: summed loss of its targets."""
+    out = []
+    for row in rows:
+        logits = model(input_ids=torch.as_tensor(row.input_ids, dtype=torch.long)[None]).logits[0]
+        where = torch.as_tensor(np.flatnonzero(row.loss_mask[1:]))
+        targets = torch.as_tensor(row.input_ids, dtype=torch.long)[where + 1]
+        out.append(nn.functional.cross_entropy(logits[where], targets, reduction="sum"))
+    return out
+
+
+@pytest.mark.parametrize("arch", [*ARCHITECTURES, "gemma2", "granite"])
+def test_loss_and_gradients_equal_a_plain_loop(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_loss, "CHUNK", 3)
+    overrides = {"final_logit_softcapping": 5.0, "num_key_value_heads": 2, "head_dim": 8} if arch == "gemma2" else {}
+    model = tiny_model(arch, torch.float64, **overrides)
+    rows = make_rows(0)
+    bank = inject_lora(model, LoraConfig(r=2))
+    fill(bank, 0)
+    plain = torch.stack(plain_losses(model, rows)).sum()
+    plain.backward()
+    wanted = {name: p.grad.clone() for name, p in bank.slot_parameters(0).items() if p.grad is not None}
+    model.zero_grad()
+    loss_model = LossModel(model, bank, pad_id=0)
+    assert loss_model.flat == (arch != "gemma2")  # its attention caps the scores, so it takes the padded path
+    loss = loss_model(collate([Part(0, rows)]))
+    loss.total.backward()
+    torch.testing.assert_close(loss.total, plain, rtol=1e-10, atol=1e-10)
+    assert loss.parts[0] == pytest.approx(plain.item(), rel=1e-10)
+    for name, parameter in bank.slot_parameters(0).items():
+        torch.testing.assert_close(parameter.grad, wanted[name], rtol=1e-8, atol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_each_part_of_a_mixed_batch_equals_its_own(padded: bool) -> None:
+    model = tiny_model("llama", torch.float64)
+    bank = inject_lora(model, [LoraConfig(r=2, modules_to_save=["lm_head"]), LoraConfig(r=3)])
+    for slot in range(2):
+        fill(bank, slot, seed=slot)
+    loss_model = LossModel(model, bank, pad_id=0)
+    loss_model.flat = not padded
+    parts = [Part(1, make_rows(1)), Part(-1, make_rows(2)), Part(0, make_rows(3), weight=0.5)]
+    together = loss_model(collate(parts))
+    for part, loss in zip(parts, together.parts, strict=True):
+        assert loss == pytest.approx(loss_model(collate([part])).parts[0], rel=1e-12)
+    expected = together.parts[0] + together.parts[1] + 0.5 * together.parts[2]
+    assert together.total.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_sliding_windows_are_kept() -> None:
+    model = tiny_model("mistral", torch.float64, sliding_window=3)
+    rows = make_rows(5, lengths=(9, 12))
+    loss_model = LossModel(model, None, pad_id=0)
+    assert loss_model.flat
+    wanted = sum(loss.item() for loss in plain_losses(model, rows))
+    assert loss_model(collate([Part(-1, rows)])).parts[0] == pytest.approx(wanted, rel=1e-10)
+
+
+def test_an_adapted_head_routes_its_targets() -> None:
+    model = tiny_model("llama", torch.float64)
+    bank = inject_lora(model, [LoraConfig(target_modules="lm_head"), LoraConfig(target_modules="all-linear")])
+    for slot in range(2):
+        fill(bank, slot, seed=slot)
+    loss_model = LossModel(model, bank, pad_id=0)
+    parts = [Part(1, make_rows(1)), Part(0, make_rows(2))]
+    together = loss_model(collate(parts)).parts
+    alone = tuple(loss_model(collate([part])).parts[0] for part in parts)
+    assert together == pytest.approx(alone, rel=1e-12)
+
+
+def test_mean_losses_is_the_mean_over_targets_for_each_slot() -> None:
+    model = tiny_model("gpt2", torch.float64)
+    bank = inject_lora(model, LoraConfig())
+    rows = make_rows(7, lengths=(5, 9, 6, 11, 3))
+    base = sum(loss.item() for loss in plain_losses(model, rows))
+    fill(bank, 0)
+    adapted = sum(loss.item() for loss in plain_losses(model, rows))
+    targets = sum(int(row.loss_mask[1:].sum()) for row in rows)
+    measured = mean_losses(LossModel(model, bank, pad_id=0), rows, (-1, 0), batch_size=2)
+    assert measured == [(pytest.approx(base / targets), targets), (pytest.approx(adapted / targets), targets)]
