@@ -1,0 +1,188 @@
+"""What a run leaves behind: settings, adapter, tokenizer, model card, plot, and the numbers of ``--json``."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers.pytorch_utils import Conv1D
+
+from lorafleet.config.data import DataConfig
+from lorafleet.config.knob import Section
+from lorafleet.config.load import dump_sections
+from lorafleet.config.lora import LoraConfig
+from lorafleet.config.model import ModelConfig
+from lorafleet.config.training import RunConfig, TrainingConfig
+from lorafleet.data.load import Data
+from lorafleet.files.adapter import save_adapter
+from lorafleet.files.atomic import write_json, write_text
+from lorafleet.files.run_folder import METRICS, SETTINGS, model_card, provenance
+from lorafleet.lora import LoraBank
+from lorafleet.models.load import Base
+from lorafleet.models.machine import peak_memory_bytes
+from lorafleet.training.member import Member
+from lorafleet.training.plot import plot_losses
+
+Settings = tuple[ModelConfig, DataConfig, LoraConfig, TrainingConfig, RunConfig]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What was trained, on what, how well and how fast.
+
+    Attributes:
+        output_dir: The run folder.
+        adapter: The folder that PEFT and lorafleet load; the run folder itself.
+        steps: Optimizer steps taken.
+        best_step: The step whose adapter was kept.
+        rows: Rows of the training split: read, used, rejected, truncated.
+        tokens: Tokens processed in training, prompts included.
+        trained_tokens: Tokens among them that were targets.
+        train_loss: Mean loss over all steps, in nats per trained token.
+        eval_loss_before: The base's loss on held-out rows.
+        eval_loss: The adapter's.
+        metrics_before: The base's measurements on held-out rows.
+        metrics: The adapter's.
+        total_parameters: Parameters of the base.
+        trainable_parameters: Parameters that were trained.
+        tokens_per_second: Tokens processed over the time spent in training steps.
+        peak_memory_bytes: Most memory that the process has held.
+        seconds: Wall time of this call.
+    """
+
+    output_dir: str
+    adapter: str
+    steps: int
+    best_step: int
+    rows: dict[str, int]
+    tokens: int
+    trained_tokens: int
+    train_loss: float
+    eval_loss_before: float | None
+    eval_loss: float | None
+    metrics_before: dict[str, float]
+    metrics: dict[str, float]
+    total_parameters: int
+    trainable_parameters: int
+    tokens_per_second: float
+    peak_memory_bytes: int
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same in JSON's types."""
+        return asdict(self)
+
+
+def write_settings(output_dir: Path, settings: tuple[Section, ...]) -> None:
+    """Write the resolved settings, runnable again as they are, and what made the run."""
+    write_text(output_dir / SETTINGS, dump_sections(*settings))
+    write_json(output_dir / "provenance.json", provenance())
+
+
+def write_results(
+    output_dir: Path,
+    base: Base,
+    bank: LoraBank,
+    member: Member,
+    data: Data,
+    settings: Settings,
+    measured: tuple[Mapping[str, float], Mapping[str, float]],
+    started: float,
+) -> TrainResult:
+    """Write the adapter and everything that belongs beside it.
+
+    Args:
+        output_dir: The run folder.
+        base: The base.
+        bank: Its bank.
+        member: The trained adapter.
+        data: What it was trained on.
+        settings: The run's sections.
+        measured: Held-out measurements before and after.
+        started: ``time.perf_counter()`` at the start of the run.
+    """
+    before, after = measured
+    result = _result(output_dir, base, bank, member, data, (dict(before), dict(after)), started)
+    lora_config = settings[2]
+    save_adapter(
+        output_dir,
+        lora_config,
+        {name: tensor.cpu() for name, tensor in bank.state_dict(member.slot).items()},
+        base_name=base.name,
+        base_revision=base.revision,
+        metadata={
+            "base_weights_hash": base.weights_hash,
+            "tokenizer_hash": base.tokenizer_hash,
+            "data_hash": data.data_hash,
+            "steps": result.steps,
+            "metrics": result.metrics,
+        },
+        fan_in_fan_out=any(isinstance(layer.base_layer, Conv1D) for layer in bank.layers.values()),
+    )
+    tokenizer = base.tokenizer
+    tokenizer.save_pretrained(output_dir)
+    write_text(output_dir / "chat_template.jinja", data.chat_template)
+    plot_losses(output_dir / METRICS, output_dir / "loss.png", f"{output_dir.name}: loss", result.eval_loss_before)
+    _write_card(output_dir, base, lora_config, settings[1], result)
+    write_json(output_dir / "result.json", result.as_dict())
+    return result
+
+
+def _result(
+    output_dir: Path,
+    base: Base,
+    bank: LoraBank,
+    member: Member,
+    data: Data,
+    measured: tuple[dict[str, float], dict[str, float]],
+    started: float,
+) -> TrainResult:
+    trainable = sum(tensor.numel() for tensor in bank.state_dict(member.slot).values())
+    adapted = sum(p.numel() for p in base.model.parameters() if p.requires_grad)
+    progress, (before, after), split = member.progress, measured, data.report.splits["train"]
+    return TrainResult(
+        output_dir=str(output_dir),
+        adapter=str(output_dir),
+        steps=progress.step,
+        best_step=progress.best_step or progress.step,
+        rows={"read": split.read, "used": split.used, "rejected": split.rejected, "truncated": split.truncated},
+        tokens=progress.tokens,
+        trained_tokens=progress.trained_tokens,
+        train_loss=member.train_loss,
+        eval_loss_before=before.get("loss"),
+        eval_loss=after.get("loss"),
+        metrics_before=before,
+        metrics=after,
+        total_parameters=sum(p.numel() for p in base.model.parameters()) - adapted,
+        trainable_parameters=trainable,
+        tokens_per_second=progress.tokens / progress.seconds if progress.seconds else 0.0,
+        peak_memory_bytes=peak_memory_bytes(),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _write_card(output_dir: Path, base: Base, lora: LoraConfig, data: DataConfig, result: TrainResult) -> None:
+    facts = {
+        "steps": result.steps,
+        "kept from step": result.best_step,
+        "rows": result.rows["used"],
+        "tokens processed": result.tokens,
+        "tokens trained": result.trained_tokens,
+        "training loss": round(result.train_loss, 4),
+        "trainable parameters": result.trainable_parameters,
+        "of the base's": f"{result.trainable_parameters / result.total_parameters:.2%}",
+        "tokens per second": round(result.tokens_per_second, 1),
+        "peak memory (MiB)": result.peak_memory_bytes // 2**20,
+    }
+    card = model_card(
+        title=output_dir.resolve().name,
+        base_name=base.name,
+        lora=lora,
+        data=Path(data.data).name,
+        metrics_before=result.metrics_before,
+        metrics=result.metrics,
+        facts=facts,
+        made_by=provenance(),
+    )
+    write_text(output_dir / "README.md", card)

@@ -1,0 +1,165 @@
+"""``lorafleet train``: one adapter, from rows to files."""
+
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorafleet.config.data import DataConfig
+from lorafleet.config.load import load_sections
+from lorafleet.config.lora import LoraConfig
+from lorafleet.config.model import ModelConfig
+from lorafleet.config.training import RunConfig, TrainingConfig
+from lorafleet.data.load import Data, load_data
+from lorafleet.errors import ConfigError, Interrupted, TrainingError
+from lorafleet.evaluation.measure import measure
+from lorafleet.evaluation.token_loss import LossModel
+from lorafleet.files.deployability import deployability
+from lorafleet.files.run_folder import open_run
+from lorafleet.lora import LoraBank, inject_lora
+from lorafleet.models.load import Base, load_base
+from lorafleet.models.machine import keep_large_allocations
+from lorafleet.training.checkpoint import RunState
+from lorafleet.training.events import Event, Failed, Observer, Saved
+from lorafleet.training.interrupt import listen
+from lorafleet.training.loop import Population
+from lorafleet.training.member import Member
+from lorafleet.training.recompute import recompute_blocks
+from lorafleet.training.report import MetricsLog, ProgressReport, as_text, tensorboard_observer
+from lorafleet.training.result import TrainResult, write_results, write_settings
+
+logger = logging.getLogger(__name__)
+
+SECTIONS = (ModelConfig, DataConfig, LoraConfig, TrainingConfig, RunConfig)
+NAME = "adapter"
+
+
+def train(config: Mapping[str, Any] | str | Path | None = None, /, **knobs: Any) -> TrainResult:
+    """Train one LoRA adapter and write it in PEFT's format.
+
+    Args:
+        config: A YAML file, or a mapping of knobs.
+        knobs: Knobs by name; they override ``config``.
+
+    Returns:
+        What was trained, on what, how well and how fast; ``adapter`` is the folder to load.
+
+    Raises:
+        ConfigError: Knobs are unknown or out of range, or do not fit the model.
+        DataError: Rows cannot be read or trained.
+        CheckpointError: ``output_dir`` holds another run, or its checkpoint does not belong to this one.
+        TrainingError: The loss or gradient became NaN or infinite; the last good state is saved.
+        Interrupted: SIGINT or SIGTERM came; a checkpoint is saved.
+    """
+    started = time.perf_counter()
+    settings = model_config, data_config, lora_config, training, run = load_sections(SECTIONS, config, knobs)
+    if model_config.dtype == "float16":
+        raise ConfigError("dtype = float16 loses small gradients; train in bfloat16 or float32")
+    output_dir = Path(run.output_dir)
+    with open_run(output_dir, resume=run.resume_from_checkpoint, overwrite=run.overwrite) as checkpoint:
+        _prepare_machine(run)
+        base = load_base(model_config)
+        data = load_data(data_config, base.tokenizer)
+        logger.info("%s", as_text(data.report.render()))
+        write_settings(output_dir, settings)
+        bank = inject_lora(base.model, lora_config, seed=training.seed)
+        _tell_deployability(lora_config, bank)
+        member = _make_member(bank, data, training, run)
+        state = RunState(output_dir, [member], _identity(base, data, settings), run.save_total_limit)
+        resume_step = state.restore(checkpoint) if checkpoint else 0
+        if checkpoint:
+            logger.info("going on from %s, step %d of %d", checkpoint, resume_step, member.total_steps)
+        elif member.eval_rows:
+            logger.info("measuring the base on %d held-out rows", len(member.eval_rows))
+            state.extra["before"] = measure(
+                base, bank, -1, data, member.eval_rows, batch_size=run.per_device_eval_batch_size
+            )
+        _run(base, bank, member, run, state, output_dir, resume_step)
+        if run.load_best_model_at_end and member.restore_best():
+            logger.info("taking the adapter of step %d, the lowest held-out loss", member.progress.best_step)
+        after = {}
+        if member.eval_rows:
+            after = measure(base, bank, member.slot, data, member.eval_rows, batch_size=run.per_device_eval_batch_size)
+        measured = (state.extra.get("before", {}), after)
+        return write_results(output_dir, base, bank, member, data, settings, measured, started)
+
+
+def _prepare_machine(run: RunConfig) -> None:
+    if run.num_threads:
+        torch.set_num_threads(run.num_threads)
+    keep_large_allocations()
+
+
+def _make_member(bank: LoraBank, data: Data, training: TrainingConfig, run: RunConfig) -> Member:
+    held_out = data.splits.get("valid")
+    eval_rows = [held_out[i] for i in range(min(len(held_out), run.max_eval_rows))] if held_out is not None else []
+    return Member(NAME, bank, 0, training, data.splits["train"], eval_rows)
+
+
+def _identity(base: Base, data: Data, settings: tuple[Any, ...]) -> dict[str, Any]:
+    """What decides the bytes of the result: a resumed run must agree in all of it."""
+    _, data_config, lora_config, training, run = settings
+    deciding = ("eval_strategy", "eval_steps", "max_eval_rows", "early_stopping_patience", "load_best_model_at_end")
+    return {
+        "base weights": base.weights_hash,
+        "base dtype": str(base.dtype),
+        "tokenizer": base.tokenizer_hash,
+        "data": data.data_hash,
+        "data settings": data_config.model_dump(mode="json", exclude={"data"}),
+        "lora": lora_config.model_dump(mode="json"),
+        "training": training.model_dump(mode="json"),
+        "run": {name: getattr(run, name) for name in deciding},
+    }
+
+
+def _tell_deployability(config: LoraConfig, bank: LoraBank) -> None:
+    for runtime, reasons in deployability(config, bank.targets(0)).items():
+        if reasons:
+            logger.warning("this adapter will not run in %s as it is: %s", runtime, "; ".join(reasons))
+
+
+def _run(
+    base: Base, bank: LoraBank, member: Member, run: RunConfig, state: RunState, output_dir: Path, resume_step: int
+) -> None:
+    """Train with logs, checkpoints and signal handling around the loop."""
+    log = MetricsLog(output_dir / "metrics.jsonl", resume_step)
+    progress = ProgressReport(run.logging_steps, resume_step)
+    failures: list[Failed] = []
+    observers: list[Observer] = [log, progress, lambda e: failures.append(e) if isinstance(e, Failed) else None]
+    if "tensorboard" in run.report_to:
+        observers.append(tensorboard_observer(output_dir / "tensorboard"))
+    if run.gradient_checkpointing:
+        recompute_blocks(base.model, bank)
+
+    def tell(event: Event) -> None:
+        for observer in observers:
+            observer(event)
+
+    def save() -> None:
+        tell(Saved(member.progress.step, str(state.save())))
+
+    loss_model = LossModel(base.model, bank, base.tokenizer.pad_token_id)
+    with listen() as stop:
+        population = Population([member], loss_model, bank, run, observers=observers, save=save, stop_requested=stop)
+        try:
+            population.train()
+        except Interrupted as stopped:
+            remedy = f"go on with: --resume-from-checkpoint true --output-dir {output_dir}"
+            raise Interrupted(f"{stopped}; the checkpoint is in {output_dir}; {remedy}") from None
+        finally:
+            progress.close()
+            log.close()
+    if failures:
+        _stop_at_nan(failures[0], member, state)
+
+
+def _stop_at_nan(failure: Failed, member: Member, state: RunState) -> None:
+    member.progress.status = "training"  # so that resuming meets the same step, instead of taking it for done
+    path = state.save()
+    raise TrainingError(
+        f"stopped in step {failure.step}: {failure.reason}. The batch's rows: {', '.join(failure.rows)}. "
+        f"The state before that step is in {path}. Look at those rows, or lower learning_rate or max_grad_norm"
+    )

@@ -1,0 +1,203 @@
+"""The contract of a population: training K adapters together equals training each alone."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lorafleet.config.lora import LoraConfig
+from lorafleet.config.training import RunConfig, TrainingConfig
+from lorafleet.evaluation.token_loss import LossModel
+from lorafleet.lora import inject_lora
+from lorafleet.training import loop
+from lorafleet.training.events import Event, Failed, Finished, StepDone
+from lorafleet.training.loop import Population
+from lorafleet.training.member import Member
+from tests.evaluation.test_token_loss import Row, make_rows
+from tests.tiny import tiny_model
+
+QUIET = RunConfig(output_dir="unused", eval_strategy="no", save_strategy="no")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One adapter of a population: all that decides its result."""
+
+    lora: LoraConfig
+    training: TrainingConfig
+    rows: list[Row]
+
+
+def plan(seed: int, lora: dict[str, Any], training: dict[str, Any], rows: int = 11) -> Plan:
+    lengths = tuple(np.random.default_rng(seed).integers(3, 12, rows).tolist())
+    settings = {"seed": seed, "max_steps": 50, "learning_rate": 1e-2, "per_device_train_batch_size": 2} | training
+    return Plan(LoraConfig(**lora), TrainingConfig(**settings), make_rows(seed, lengths))
+
+
+PLANS = [
+    plan(1, {"r": 2}, {}),
+    plan(2, {"r": 4, "lora_dropout": 0.3}, {"learning_rate": 3e-3, "gradient_accumulation_steps": 3}),
+    plan(3, {"r": 3, "target_modules": "attention"}, {"lr_scheduler_type": "cosine", "warmup_ratio": 0.2}),
+    plan(4, {"r": 1, "target_modules": ["down_proj"], "use_rslora": True}, {"weight_decay": 0.1}),
+    plan(5, {"r": 2, "rank_pattern": {"q_proj": 5}}, {"max_grad_norm": 0.01, "per_device_train_batch_size": 4}),
+    plan(6, {"r": 2, "modules_to_save": ["lm_head"]}, {"lr_scheduler_type": "constant"}),
+    plan(7, {"r": 6, "target_modules": "mlp", "lora_dropout": 0.1}, {"max_steps": 23}),
+    plan(8, {"r": 2, "init_lora_weights": "gaussian"}, {"gradient_accumulation_steps": 2, "max_grad_norm": 0}, rows=5),
+]
+
+
+def train(
+    plans: list[Plan], slots: list[int] | None = None, dtype: torch.dtype = torch.float64
+) -> list[dict[str, Tensor]]:
+    """Train the plans together and return each one's weights and optimizer moments."""
+    model = tiny_model("llama", dtype)
+    order = slots or list(range(len(plans)))
+    bank = inject_lora(model, LoraConfig(r=1, target_modules=["q_proj"]), num_slots=len(plans))
+    bank.remove(0)
+    for number, one in enumerate(plans):
+        bank.add(one.lora, seed=one.training.seed, slot=order[number])
+    members = [Member(f"m{number}", bank, order[number], one.training, one.rows) for number, one in enumerate(plans)]
+    Population(members, LossModel(model, bank, 0), bank, QUIET).train()
+    return [unpadded(member) for member in members]
+
+
+def unpadded(member: Member) -> dict[str, Tensor]:
+    """A member's tensors with the rank padding cut off, which depends on the neighbours' ranks."""
+    found = {}
+    for name, tensor in member.tensors().items():
+        kind, path = name.split("/")[1:]
+        layer = member.bank.layers.get(path.rpartition(".")[0])
+        if path.endswith("lora_A") and layer:
+            assert not tensor[layer.ranks[member.slot] :].any(), name
+            tensor = tensor[: layer.ranks[member.slot]]
+        elif path.endswith("lora_B") and layer:
+            assert not tensor[:, layer.ranks[member.slot] :].any(), name
+            tensor = tensor[:, : layer.ranks[member.slot]]
+        found[f"{kind}/{path}"] = tensor.clone()
+    return found
+
+
+def assert_same(got: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float = 1e-10) -> None:
+    assert got.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        difference = (got[name] - tensor).abs().max() / tensor.abs().max().clamp_min(1e-30)
+        assert difference <= tolerance, f"{name}: {difference:.1e} relative"
+
+
+@pytest.fixture(scope="module")
+def solo() -> list[dict[str, Tensor]]:
+    return [train([one])[0] for one in PLANS]
+
+
+def test_eight_mixed_adapters_together_equal_eight_single_runs(solo: list[dict[str, Tensor]]) -> None:
+    for got, wanted in zip(train(PLANS), solo, strict=True):
+        assert_same(got, wanted)
+
+
+def test_slots_permuted_and_neighbours_removed_change_nothing(solo: list[dict[str, Tensor]]) -> None:
+    for number, got in zip((6, 1, 4), train([PLANS[6], PLANS[1], PLANS[4]], slots=[2, 0, 1]), strict=True):
+        assert_same(got, solo[number])
+
+
+def test_training_changes_every_adapter(solo: list[dict[str, Tensor]]) -> None:
+    for one, tensors in zip(PLANS, solo, strict=True):
+        model = tiny_model("llama", torch.float64)
+        fresh = inject_lora(model, one.lora, seed=one.training.seed)
+        for name, parameter in fresh.slot_parameters(0).items():
+            assert (tensors[f"value/{name}"] - parameter.value).abs().max() > 1e-4, name
+
+
+@pytest.mark.parametrize(
+    ("name", "sabotage"),
+    [
+        ("a global loss mean", lambda part: part.__class__(part.slot, part.rows, part.weight / 2, part.dropout_key)),
+        ("a shared dropout key", lambda part: part.__class__(part.slot, part.rows, part.weight, 7)),
+    ],
+)
+def test_a_broken_population_is_caught(
+    name: str, sabotage: Any, solo: list[dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collate = loop.collate
+    monkeypatch.setattr(loop, "collate", lambda parts: collate([sabotage(part) for part in parts]))
+    with pytest.raises(AssertionError, match="relative"):
+        # Plan 1 has dropout and clips nothing away, so both a wrong scale and a wrong mask show.
+        assert_same(train([PLANS[1], PLANS[0]])[0], solo[1])
+
+
+def test_base_bytes_never_change() -> None:
+    model = tiny_model("llama")
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    bank = inject_lora(model, PLANS[5].lora, seed=6)
+    Population([Member("m", bank, 0, PLANS[5].training, PLANS[5].rows)], LossModel(model, bank, 0), bank, QUIET).train()
+    assert not all(torch.equal(layer.lora_B, torch.zeros_like(layer.lora_B)) for layer in bank.layers.values())
+    state = model.state_dict()
+    for name, tensor in base.items():
+        module, _, leaf = name.rpartition(".")
+        found = [state[n] for n in (name, f"{module}.base_layer.{leaf}", f"{module}.original.{leaf}") if n in state]
+        assert len(found) == 1 and torch.equal(found[0], tensor), name
+
+
+def test_a_nan_stops_its_adapter_alone_and_keeps_its_last_good_state(solo: list[dict[str, Tensor]]) -> None:
+    model = tiny_model("llama", torch.float64)
+    bank = inject_lora(model, [PLANS[0].lora, PLANS[2].lora])
+    for slot, number in enumerate((0, 2)):
+        bank.remove(slot)
+        bank.add(PLANS[number].lora, seed=PLANS[number].training.seed, slot=slot)
+    members = [Member(f"m{n}", bank, slot, PLANS[n].training, PLANS[n].rows) for slot, n in enumerate((0, 2))]
+    events: list[Event] = []
+    kept: dict[str, Tensor] = {}
+
+    def poison(event: Event) -> None:
+        events.append(event)
+        if isinstance(event, StepDone) and event.name == "m0" and event.step == 4:
+            bank.layers["model.layers.0.self_attn.q_proj"].lora_A.data[0, 0, 0] = math.nan
+            kept.update(unpadded(members[0]))
+
+    Population(members, LossModel(model, bank, 0), bank, QUIET, observers=[poison]).train()
+    failed = [event for event in events if isinstance(event, Failed)]
+    assert [(event.name, event.step) for event in failed] == [("m0", 5)]
+    assert "the loss is nan" in failed[0].reason and len(failed[0].rows) == 2
+    assert members[0].progress.status == "failed"
+    torch.testing.assert_close(unpadded(members[0]), kept, rtol=0, atol=0, equal_nan=True)
+    assert_same(unpadded(members[1]), solo[2])
+
+
+def test_accumulation_equals_one_large_batch() -> None:
+    rows = PLANS[0].rows[:8]
+    small = TrainingConfig(
+        max_steps=10, learning_rate=1e-2, per_device_train_batch_size=2, gradient_accumulation_steps=4
+    )
+    large = TrainingConfig(max_steps=10, learning_rate=1e-2, per_device_train_batch_size=8)
+    one, other = (train([Plan(LoraConfig(r=2), config, rows)])[0] for config in (small, large))
+    assert_same(one, other, tolerance=1e-9)
+
+
+def test_fp32_gradients_of_a_population_equal_solo_within_1e_5() -> None:
+    short = [Plan(p.lora, p.training.model_copy(update={"max_steps": 1, "max_grad_norm": 0}), p.rows) for p in PLANS]
+    together = train(short, dtype=torch.float32)
+    for one, got in zip(short, together, strict=True):
+        wanted = train([one], dtype=torch.float32)[0]
+        moments = {name: tensor for name, tensor in wanted.items() if name.startswith("exp_avg/")}
+        assert_same({name: got[name] for name in moments}, moments, tolerance=1e-5)
+
+
+def test_evaluation_keeps_the_best_and_stops_early() -> None:
+    model = tiny_model("llama")
+    bank = inject_lora(model, LoraConfig(r=4))
+    run = RunConfig(
+        output_dir="unused", eval_strategy="steps", eval_steps=1, save_strategy="no", early_stopping_patience=2
+    )
+    config = TrainingConfig(
+        max_steps=200, learning_rate=0.5, warmup_ratio=0, lr_scheduler_type="constant", max_grad_norm=0
+    )
+    member = Member("m", bank, 0, config, make_rows(1), make_rows(2))
+    events: list[Event] = []
+    Population([member], LossModel(model, bank, 0), bank, run, observers=[events.append]).train()
+    finished = [event for event in events if isinstance(event, Finished)]
+    assert finished[0].reason == "no lower loss in 2 evaluations"
+    assert member.progress.step == member.progress.best_step + 2
+    assert member.restore_best()
