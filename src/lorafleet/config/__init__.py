@@ -1,0 +1,28 @@
+"""Every knob, declared once with type, unit and reason; YAML in and out. Imports no torch."""
+
+from lorafleet.config.data import DataConfig
+from lorafleet.config.knob import Section, knob, other_names
+from lorafleet.config.load import dump_sections, known_names, load_sections
+from lorafleet.config.lora import LoraConfig
+from lorafleet.config.model import ModelConfig
+from lorafleet.config.training import RunConfig, TrainingConfig
+from lorafleet.config.use import AdapterConfig, EvaluationConfig, GenerationConfig, MergeConfig, PromptConfig
+
+__all__ = [
+    "AdapterConfig",
+    "DataConfig",
+    "EvaluationConfig",
+    "GenerationConfig",
+    "LoraConfig",
+    "MergeConfig",
+    "ModelConfig",
+    "PromptConfig",
+    "RunConfig",
+    "Section",
+    "TrainingConfig",
+    "dump_sections",
+    "knob",
+    "known_names",
+    "load_sections",
+    "other_names",
+]
