@@ -18,6 +18,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from lorafleet.models.short_attention import LONGEST, short_attention
+
 logger = logging.getLogger(__name__)
 
 FLAT = "lorafleet_flat"
@@ -96,6 +98,9 @@ def flat_attention(
         raise UnsupportedAttention(f"needs {', '.join(foreign) or ('dropout' if dropout else 'non-causal attention')}")
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         return _varlen(query, key, value, scaling, sliding_window, flat_layout), None
+    if _is_short(query, key, value, flat_layout, sliding_window):
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return short_attention(query, key, value, scale, flat_layout.runs).transpose(1, 2), None
     gqa = query.shape[1] != key.shape[1]
     parts = []
     for start, count, length in flat_layout.runs:
@@ -109,9 +114,20 @@ def flat_attention(
     return (parts[0] if len(parts) == 1 else torch.cat(parts))[None], None
 
 
+def _is_short(query: Tensor, key: Tensor, value: Tensor, layout: FlatLayout, window: int | None) -> bool:
+    longest = max(layout.lengths)
+    return (
+        query.device.type == "cpu"
+        and longest <= LONGEST
+        and (window is None or window >= longest)
+        and query.shape[-1] == key.shape[-1] == value.shape[-1]
+    )
+
+
 def _rows(tensor: Tensor, start: int, count: int, length: int) -> Tensor:
     """A run of equal lengths as ``(count, heads, length, dim)``, a view."""
-    return tensor[0, :, start : start + count * length].unflatten(1, (count, length)).transpose(0, 1)
+    rows: Tensor = tensor[0, :, start : start + count * length].unflatten(1, (count, length))  # type: ignore[no-untyped-call]
+    return rows.transpose(0, 1)
 
 
 def _band(length: int, window: int, device: torch.device) -> Tensor:
