@@ -1,0 +1,1 @@
+"""Adapters in PEFT's format, checkpoints, run folders and inspection; atomic, hashed, never unpickled."""

@@ -1,0 +1,94 @@
+"""The names and shapes of an adapter's tensors, as PEFT writes them, checked against its config."""
+
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from lorafleet.config.lora import LoraConfig
+from lorafleet.lora.targets import in_saved, pattern_value
+
+PREFIX = "base_model.model."
+
+_FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
+_COPY = re.compile(r"(?P<module>.+)\.(original_module|modules_to_save)\.(?P<parameter>[^.]+)")
+_SHOWN = 20
+
+
+def adapted_modules(names: Iterable[str]) -> list[str]:
+    """The modules that have an ``A`` or ``B``, in the order of ``names``."""
+    return list(dict.fromkeys(found["module"] for name in names if (found := _FACTOR.fullmatch(name))))
+
+
+def in_order(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors sorted by name, numbers by value; without copies.
+
+    safetensors returns them in another order each time. Copies are the second and third of a saved module's bias, which
+    PEFT writes with ``bias="all"``.
+    """
+    kept = {}
+    for name in sorted(tensors, key=_natural):
+        copy = _COPY.fullmatch(name)
+        if copy is None or f"{copy['module']}.{copy['parameter']}" not in tensors:
+            kept[name] = tensors[name]
+    return kept
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdecimal() and len(part) < 10 else (-1, part) for part in name.split(".")]
+
+
+def rank_and_alpha(config: LoraConfig, module: str) -> tuple[int, float]:
+    """The rank and alpha of one module, patterns applied with PEFT's rule."""
+    rank = int(pattern_value(config.rank_pattern, module, config.r))
+    return rank, pattern_value(config.alpha_pattern, module, config.lora_alpha)
+
+
+def tensor_faults(config: LoraConfig, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Every tensor that is missing, surplus, of the wrong shape, or not finite.
+
+    Which modules must be there is the model's to say; this checks all that the file and its config say together.
+    """
+    modules = adapted_modules(tensors)
+    faults = [] if modules else ["there is no lora_A or lora_B tensor in it"]
+    for module in modules:
+        faults += _pair_faults(config, module, tensors)
+    rest = [name for name in tensors if not _FACTOR.fullmatch(name)]
+    faults += [f"surplus tensor {name}" for name in rest if not _is_wanted(config, name, modules)]
+    for saved in config.modules_to_save:
+        if not any(in_saved(saved, name.removeprefix(PREFIX)) for name in rest):
+            faults.append(f"missing: modules_to_save names {saved!r}, but no tensor belongs to it")
+    faults += [f"{name} holds NaN or infinity" for name, tensor in tensors.items() if not _is_finite(tensor)]
+    if len(faults) > _SHOWN:
+        faults = [*faults[:_SHOWN], f"and {len(faults) - _SHOWN} more of the same kinds"]
+    return faults
+
+
+def _pair_faults(config: LoraConfig, module: str, tensors: Mapping[str, Tensor]) -> list[str]:
+    rank, _ = rank_and_alpha(config, module)
+    names = {factor: f"{PREFIX}{module}.lora_{factor}.weight" for factor in "AB"}
+    faults = [f"missing tensor {name}" for name in names.values() if name not in tensors]
+    for factor, name in names.items():
+        if name in tensors:
+            shape = tuple(tensors[name].shape)
+            if len(shape) != 2 or shape[0 if factor == "A" else 1] != rank:
+                wanted = f"({rank}, in)" if factor == "A" else f"(out, {rank})"
+                faults.append(f"{name} has shape {shape}; with rank {rank} it is {wanted}")
+    return faults
+
+
+def _is_wanted(config: LoraConfig, name: str, modules: list[str]) -> bool:
+    """Whether a tensor that is neither A nor B is a bias or a saved module that the config asks for."""
+    if not name.startswith(PREFIX):
+        return False
+    path = name.removeprefix(PREFIX)
+    if any(in_saved(saved, path) for saved in config.modules_to_save):
+        return True
+    if config.bias == "all":
+        return path.endswith(".bias")
+    return config.bias == "lora_only" and path.removesuffix(".base_layer.bias") in modules
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())

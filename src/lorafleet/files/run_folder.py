@@ -1,0 +1,222 @@
+"""The folder of one run: who may write in it, what it records, and its model card."""
+
+import logging
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+import lorafleet
+from lorafleet.config.lora import LoraConfig
+from lorafleet.errors import CheckpointError
+from lorafleet.files.adapter import CONFIG, MANIFEST, WEIGHTS
+from lorafleet.files.checkpoint import load_checkpoint, newest_checkpoint
+from lorafleet.models.machine import package_versions
+
+logger = logging.getLogger(__name__)
+
+SETTINGS, METRICS, CARD = "lorafleet.yaml", "metrics.jsonl", "README.md"
+_MARKS = (CONFIG, METRICS, SETTINGS)  # any of these means that a run was here
+_OWN = (
+    *(*_MARKS, WEIGHTS, MANIFEST, CARD, "provenance.json", "result.json", "loss.png"),
+    *("chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+)
+_LOCK = ".lorafleet.lock"
+
+
+@contextmanager
+def open_run(output_dir: str | Path, *, resume: str | bool = False, overwrite: bool = False) -> Iterator[Path | None]:
+    """Take a run folder for the length of a ``with`` block, so that no second process writes in it.
+
+    Args:
+        output_dir: The folder; created where missing.
+        resume: ``True`` for the newest complete checkpoint in ``output_dir``; or a checkpoint's or run's folder.
+        overwrite: Delete what another run left: its adapter, logs and checkpoints, and nothing else.
+
+    Yields:
+        The checkpoint to go on from; ``None`` to start at the beginning.
+
+    Raises:
+        CheckpointError: The folder holds another run, or a model; another process is using it; there is nothing to
+            resume; or it cannot be written.
+    """
+    output_dir = Path(output_dir)
+    checkpoint = _check(output_dir, resume, overwrite)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(output_dir / _LOCK, timeout=0)
+        lock.acquire()
+    except Timeout as error:
+        raise CheckpointError(f"another process is training in {output_dir}; wait for it, or choose another") from error
+    except OSError as error:
+        raise CheckpointError(f"cannot write in {output_dir}: {error.strerror or error}") from error
+    try:
+        if overwrite:
+            _clear(output_dir, checkpoint)
+        yield checkpoint
+    finally:
+        lock.release()
+
+
+def _check(output_dir: Path, resume: str | bool, overwrite: bool) -> Path | None:
+    """What to resume from; an error where the folder is not free to use. Changes nothing."""
+    if output_dir.exists() and not output_dir.is_dir():
+        raise CheckpointError(f"{output_dir} is a file; output_dir is a folder")
+    if (output_dir / "config.json").exists():
+        raise CheckpointError(f"{output_dir} holds a model; choose another output_dir")
+    if resume is True and overwrite:
+        raise CheckpointError("resume_from_checkpoint and overwrite contradict each other; give one of them")
+    has_run = any((output_dir / mark).exists() for mark in _MARKS) or newest_checkpoint(output_dir) is not None
+    if resume is True:
+        return _own_checkpoint(output_dir, has_run)
+    checkpoint = _named_checkpoint(Path(resume)) if resume else None
+    inside = checkpoint is not None and checkpoint.resolve().parent == output_dir.resolve()
+    if has_run and not overwrite and not inside:
+        raise CheckpointError(
+            f"{output_dir} holds another run; give --resume-from-checkpoint to go on with it, "
+            "--overwrite to replace it, or another --output-dir"
+        )
+    return checkpoint
+
+
+def _own_checkpoint(output_dir: Path, has_run: bool) -> Path | None:
+    checkpoint = newest_checkpoint(output_dir)
+    if checkpoint is None and not has_run:
+        raise CheckpointError(f"there is no run to resume in {output_dir}; start one without resume_from_checkpoint")
+    if checkpoint is None:
+        logger.info("the run in %s stopped before its first checkpoint; starting at the beginning", output_dir)
+    return checkpoint
+
+
+def _named_checkpoint(path: Path) -> Path:
+    newest = newest_checkpoint(path)
+    if newest is not None:
+        return newest
+    if not path.is_dir():
+        near = newest_checkpoint(path.parent)
+        hint = f"; the newest in {path.parent} is {near.name}" if near else ""
+        raise CheckpointError(f"there is no checkpoint at {path}{hint}")
+    load_checkpoint(path)  # raises where it is damaged or was never finished
+    return path
+
+
+def _clear(output_dir: Path, keep: Path | None) -> None:
+    """Delete what runs write. Whatever else lies in the folder is the user's."""
+    kept = keep.resolve() if keep else None
+    for name in _OWN:
+        (output_dir / name).unlink(missing_ok=True)
+    folders = [*output_dir.glob("checkpoint-*"), *output_dir.glob(".checkpoint-*"), output_dir / "tensorboard"]
+    for folder in folders:
+        if folder.is_dir() and folder.resolve() != kept:
+            shutil.rmtree(folder)
+
+
+def provenance() -> dict[str, Any]:
+    """What made a result: versions of lorafleet, Python and packages, the platform, and the source's git commit."""
+    return {
+        "lorafleet": lorafleet.__version__,
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": package_versions(),
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of the checkout that lorafleet runs from, ``+changes`` where files differ; none when installed."""
+    source = Path(__file__).parent
+    if shutil.which("git") is None or _git(source, "ls-files", "--error-unmatch", Path(__file__).name) is None:
+        return None
+    commit = _git(source, "rev-parse", "HEAD")
+    changed = _git(source, "status", "--porcelain", "--untracked-files=no", ".")
+    return f"{commit}+changes" if commit and changed else commit
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=20)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def model_card(
+    *,
+    title: str,
+    base_name: str,
+    lora: LoraConfig,
+    data: str,
+    metrics_before: Mapping[str, float],
+    metrics: Mapping[str, float],
+    facts: Mapping[str, object],
+    made_by: Mapping[str, Any],
+) -> str:
+    """Write the README of an adapter, with measured numbers only.
+
+    Args:
+        title: Usually the run folder's name.
+        base_name: The base's hub id, path or alias. Of a path only the last part is told.
+        lora: The adapter's config.
+        data: What it was trained on, in words.
+        metrics_before: The base's held-out numbers, by name.
+        metrics: The adapter's, under the same names.
+        facts: More rows for the table of facts, in this order, such as steps, tokens, seconds.
+        made_by: ``provenance()``.
+
+    Returns:
+        Markdown with the hub's YAML front matter.
+    """
+    base = Path(base_name).name if Path(base_name).is_absolute() else base_name
+    front = {
+        "base_model": base,
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["lora", "lorafleet", f"base_model:adapter:{base}"],
+    }
+    scale = lora.scaling(lora.r, lora.lora_alpha)
+    shape = {"r": lora.r, "lora_alpha": f"{lora.lora_alpha:g}", "effective scale": f"{scale:g}"}
+    targets = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)
+    rows = {"base": base, "data": data, **shape, "target_modules": targets, **facts}
+    names = [*dict.fromkeys([*metrics_before, *metrics])]
+    held_out = [[name, _number(metrics_before.get(name)), _number(metrics.get(name))] for name in names]
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
+        f"# {_cell(title)}",
+        f"A LoRA adapter for `{base}`, trained with lorafleet {made_by['lorafleet']}.",
+        "## Held-out results\n\n" + _table(["", "base", "adapter"], held_out) if held_out else "",
+        "## What it is\n\n" + _table(["", ""], [[name, _number(value)] for name, value in rows.items()]),
+        "## Use it\n\n" + _USE.format(base=base),
+        f"Python {made_by['python']}, " + ", ".join(f"{k} {v}" for k, v in made_by["packages"].items() if v) + ".",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+_USE = """```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "path/to/this/folder")
+```
+
+Or: `lorafleet generate --adapter path/to/this/folder --prompt "..."`"""
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return re.sub(r"\s+", " ", text).replace("|", "\\|")
+
+
+def _number(value: object) -> str:
+    if isinstance(value, bool) or value is None:
+        return "–" if value is None else str(value).lower()
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
