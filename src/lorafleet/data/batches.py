@@ -142,8 +142,8 @@ def collate(parts: Sequence[Part]) -> FlatBatch:
     for part in parts:
         count = 0
         for row in sorted(part.rows, key=lambda r: len(r.input_ids)):
-            tokens = torch.as_tensor(np.asarray(row.input_ids), dtype=torch.long)
-            where = torch.as_tensor(np.flatnonzero(np.asarray(row.loss_mask)[1:]))
+            tokens = torch.from_numpy(np.array(row.input_ids, dtype=np.int64))
+            where = torch.from_numpy(np.flatnonzero(np.asarray(row.loss_mask)[1:]))
             ids.append(tokens)
             positions.append(where + start)
             count += len(where)
