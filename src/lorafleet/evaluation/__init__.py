@@ -1,0 +1,1 @@
+"""Loss, perplexity, label accuracy, exact match."""

@@ -1,0 +1,123 @@
+"""How well one slot does on rows: loss, labels, generated answers."""
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from lorafleet.config.use import GenerationConfig
+from lorafleet.data.load import Data
+from lorafleet.data.store import TokenRow
+from lorafleet.errors import DataError
+from lorafleet.evaluation.labels import choose_labels
+from lorafleet.evaluation.metrics import is_right, label_scores
+from lorafleet.evaluation.token_loss import LossModel, mean_losses
+from lorafleet.generation import answer_text, generate_ids
+from lorafleet.lora import LoraBank
+from lorafleet.models.load import Base
+
+logger = logging.getLogger(__name__)
+
+
+def measure(
+    base: Base,
+    bank: LoraBank | None,
+    slot: int,
+    data: Data,
+    rows: Sequence[TokenRow],
+    *,
+    batch_size: int,
+    generation: GenerationConfig | None = None,
+    predictions: list[dict[str, Any]] | None = None,
+) -> dict[str, float]:
+    """Measure one slot on rows.
+
+    Args:
+        base: The model and its tokenizer.
+        bank: Its slots, or none.
+        slot: Which slot; -1 measures the base.
+        data: The task and, for label rows, the labels and their tokens.
+        rows: What to measure on.
+        batch_size: Rows in a batch.
+        generation: Generate an answer to every row that has a prompt and compare it with the reference.
+        predictions: Gets one mapping for each row appended: what was predicted, and whether that is right.
+
+    Returns:
+        ``loss`` (nats per supervised token) and ``perplexity``; ``accuracy`` and ``macro_f1`` for label rows;
+        ``exact_match`` where answers were generated.
+
+    Raises:
+        DataError: There are no rows, or a row's label is not among the labels.
+    """
+    if not rows:
+        raise DataError("there are no rows to measure on")
+    found: list[dict[str, Any]] = [{} for _ in rows]
+    ((loss, _),) = mean_losses(LossModel(base.model, bank, base.tokenizer.pad_token_id), rows, [slot], batch_size)
+    metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}  # exp(710) overflows
+    if data.task == "label":
+        metrics |= _label_metrics(base, bank, slot, data, rows, batch_size, found)
+    if generation is not None:
+        metrics |= _answer_metrics(base, bank, slot, rows, batch_size, generation, found)
+    if predictions is not None:
+        predictions += found
+    return metrics
+
+
+def prompt_of(row: TokenRow) -> list[int]:
+    """The tokens of a row before its last answer."""
+    return [int(token) for token in row.input_ids[: row.prompt_length]]
+
+
+def short_answer(row: TokenRow) -> str | None:
+    """The row's own field ``answer``; none where the row has references alone."""
+    return None if row.answer == "\n".join(row.references) and row.references else row.answer
+
+
+def references_of(row: TokenRow) -> list[str]:
+    """What a generated answer may be: the row's short answer where it has one, else any of its references."""
+    answer = short_answer(row)
+    return [answer] if answer is not None else list(dict.fromkeys([row.reference, *row.references]))
+
+
+def _label_metrics(
+    base: Base,
+    bank: LoraBank | None,
+    slot: int,
+    data: Data,
+    rows: Sequence[TokenRow],
+    batch_size: int,
+    found: list[dict[str, Any]],
+) -> dict[str, float]:
+    unknown = [row.source for row in rows if row.reference not in data.labels]
+    if unknown:
+        raise DataError(f"{len(unknown)} rows have a label that is none of the task's, the first is {unknown[0]}")
+    prompts = [prompt_of(row) for row in rows]
+    choices = choose_labels(base, bank, slot, prompts, data.label_ids, batch_size=batch_size)
+    predicted = [data.labels[choice.label] for choice in choices]
+    for entry, row, label, choice in zip(found, rows, predicted, choices, strict=True):
+        entry |= {"label": label, "label_log_prob": choice.log_prob, "label_right": label == row.reference}
+    return label_scores([row.reference for row in rows], predicted)
+
+
+def _answer_metrics(
+    base: Base,
+    bank: LoraBank | None,
+    slot: int,
+    rows: Sequence[TokenRow],
+    batch_size: int,
+    generation: GenerationConfig,
+    found: list[dict[str, Any]],
+) -> dict[str, float]:
+    """Share of generated answers that agree with a reference; rows without a prompt have none and do not count."""
+    asked = [i for i, row in enumerate(rows) if row.prompt_length]
+    if not asked:
+        raise DataError("exact match needs rows with a prompt; these are plain text")
+    prompts = [prompt_of(rows[i]) for i in asked]
+    answers = generate_ids(base, bank, prompts, [slot] * len(asked), generation, batch_size=batch_size)
+    right = 0
+    for i, answer in zip(asked, answers, strict=True):
+        text = answer_text(base.tokenizer, answer)
+        agrees = is_right(text, references_of(rows[i]))
+        right += agrees
+        found[i] |= {"text": text, "text_right": agrees, "text_complete": len(answer) < generation.max_new_tokens}
+    return {"exact_match": right / len(asked)}

@@ -1,0 +1,1 @@
+"""Adapters shipped: merged into their base."""
