@@ -14,6 +14,7 @@ from lorafleet.config.lora import LoraConfig
 from lorafleet.config.model import ModelConfig
 from lorafleet.config.training import RunConfig, TrainingConfig
 from lorafleet.data.load import Data, load_data
+from lorafleet.data.store import TokenRow
 from lorafleet.errors import ConfigError, Interrupted, TrainingError
 from lorafleet.evaluation.measure import measure
 from lorafleet.evaluation.token_loss import LossModel
@@ -67,24 +68,25 @@ def train(config: Mapping[str, Any] | str | Path | None = None, /, **knobs: Any)
         write_settings(output_dir, settings)
         bank = inject_lora(base.model, lora_config, seed=training.seed)
         _tell_deployability(lora_config, bank)
-        member = _make_member(bank, data, training, run)
+        held_out = _held_out(data, run)
+        member = Member(NAME, bank, 0, training, data.splits["train"], held_out)
         state = RunState(output_dir, [member], _identity(base, data, settings), run.save_total_limit)
+
+        def measured(slot: int) -> dict[str, float]:
+            size = run.per_device_eval_batch_size
+            return measure(base, bank, slot, data, held_out, batch_size=size) if held_out else {}
+
         resume_step = state.restore(checkpoint) if checkpoint else 0
         if checkpoint:
             logger.info("going on from %s, step %d of %d", checkpoint, resume_step, member.total_steps)
-        elif member.eval_rows:
-            logger.info("measuring the base on %d held-out rows", len(member.eval_rows))
-            state.extra["before"] = measure(
-                base, bank, -1, data, member.eval_rows, batch_size=run.per_device_eval_batch_size
-            )
+        else:
+            logger.info("measuring the base on %d held-out rows", len(held_out))
+            state.extra["before"] = measured(-1)
         _run(base, bank, member, run, state, output_dir, resume_step)
         if run.load_best_model_at_end and member.restore_best():
             logger.info("taking the adapter of step %d, the lowest held-out loss", member.progress.best_step)
-        after = {}
-        if member.eval_rows:
-            after = measure(base, bank, member.slot, data, member.eval_rows, batch_size=run.per_device_eval_batch_size)
-        measured = (state.extra.get("before", {}), after)
-        return write_results(output_dir, base, bank, member, data, settings, measured, started)
+        before_and_after = (state.extra["before"], measured(member.slot))
+        return write_results(output_dir, base, bank, member, data, settings, before_and_after, started)
 
 
 def _prepare_machine(run: RunConfig) -> None:
@@ -93,10 +95,9 @@ def _prepare_machine(run: RunConfig) -> None:
     keep_large_allocations()
 
 
-def _make_member(bank: LoraBank, data: Data, training: TrainingConfig, run: RunConfig) -> Member:
-    held_out = data.splits.get("valid")
-    eval_rows = [held_out[i] for i in range(min(len(held_out), run.max_eval_rows))] if held_out is not None else []
-    return Member(NAME, bank, 0, training, data.splits["train"], eval_rows)
+def _held_out(data: Data, run: RunConfig) -> list[TokenRow]:
+    rows = data.splits.get("valid")
+    return [rows[i] for i in range(min(len(rows), run.max_eval_rows))] if rows is not None else []
 
 
 def _identity(base: Base, data: Data, settings: tuple[Any, ...]) -> dict[str, Any]:
