@@ -1,0 +1,268 @@
+"""``python -m benchmarks.train``: one LoRA training step, here and in PEFT + Trainer and TRL.
+
+Two phases. Parity: identical batches in a fixed order, from the same adapter; the losses have to agree. Throughput:
+the same rows, each peer with its own batching at its best, in rounds that go through all peers in turn. Every run is
+a process of its own. Results go to stdout and into a JSON file, progress to stderr.
+"""
+
+import datetime
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import psutil
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from benchmarks.job import Job, Result, read_result, write_json
+from benchmarks.machine import machine_facts
+from benchmarks.rows import Row, length_grouped, shuffled, tokenized_rows
+from benchmarks.summary import (
+    OURS,
+    PARITY_LIMIT,
+    Parity,
+    PeerSummary,
+    Run,
+    as_json,
+    compare_losses,
+    render,
+    summarize_peer,
+    summarize_run,
+    warnings,
+)
+from lorafleet.config.lora import LoraConfig
+from lorafleet.config.model import ModelConfig
+from lorafleet.errors import DataError, LorafleetError
+from lorafleet.files.adapter import save_adapter
+from lorafleet.lora import inject_lora
+from lorafleet.models.load import load_base
+
+ROOT = Path(__file__).parents[1]
+PEERS = {OURS: "lorafleet_loop", "peft + Trainer": "peft_trainer", "TRL SFTTrainer": "trl_sft"}
+BATCH_SIZE, LEARNING_RATE, LR_WARMUP_STEPS = 8, 2e-4, 2
+
+
+class BenchmarkError(LorafleetError):
+    """A peer failed, or the peers do not compute the same."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all runs of one benchmark share.
+
+    Args:
+        model: Folder of the base.
+        adapter: Folder of the adapter that every peer starts from.
+        rows: All tokenized rows.
+        parity_steps: Steps of the parity phase; 0 leaves it out.
+        rounds: Rounds of the throughput phase.
+        steps: Timed steps of a run.
+        skipped: Untimed steps before them.
+        threads: CPU threads of every peer.
+        seed: Of the choice and order of rows.
+    """
+
+    model: str
+    adapter: str
+    rows: list[Row]
+    parity_steps: int
+    rounds: int
+    steps: int
+    skipped: int
+    threads: int
+    seed: int
+
+    def parity_job(self) -> Job:
+        """Identical batches for every peer."""
+        rows = shuffled(self.rows, self.parity_steps * BATCH_SIZE, self.seed)
+        return self._job("parity", rows, self.parity_steps, skipped=0)
+
+    def throughput_job(self, number: int, peer: str) -> Job:
+        """The rows of a round; lorafleet's run also measures the matrix products."""
+        steps = self.skipped + self.steps
+        rows = length_grouped(self.rows, BATCH_SIZE, steps, self.seed + number)
+        return self._job("throughput", rows, steps, skipped=self.skipped, products=peer == OURS)
+
+    def _job(self, phase: Any, rows: list[Row], steps: int, *, skipped: int, products: bool = False) -> Job:
+        return Job(
+            phase=phase,
+            model=self.model,
+            adapter=self.adapter,
+            rows=rows,
+            batch_size=BATCH_SIZE,
+            steps=steps,
+            skipped=skipped,
+            learning_rate=LEARNING_RATE,
+            warmup_steps=LR_WARMUP_STEPS,
+            threads=self.threads,
+            seed=self.seed,
+            products=products,
+        )
+
+
+@click.command(help=(__doc__ or "").partition("\n\n")[2], context_settings={"show_default": True})
+@click.option("--data", type=click.Path(path_type=Path), required=True, help="Rows, for example E2E NLG's train.jsonl.")
+@click.option("--model", default="smollm2-135m", help="The base, as lorafleet train takes it.")
+@click.option("--rounds", type=click.IntRange(1), default=3, help="3 or more for figures to quote.")
+@click.option(
+    "--steps", type=click.IntRange(1), default=8, help="Timed steps of a run; 8 or more for figures to quote."
+)
+@click.option("--warmup", "skipped", type=click.IntRange(0), default=2, help="Untimed steps before them.")
+@click.option("--parity-steps", type=click.IntRange(0), default=20, help="0 leaves the parity phase out.")
+@click.option("--threads", type=click.IntRange(1), default=os.cpu_count(), help="CPU threads of every peer.")
+@click.option("--seed", type=click.IntRange(0), default=42, help="Of the choice and order of rows.")
+@click.option("--output", type=click.Path(path_type=Path), default=Path("benchmarks/results/train.json"))
+def main(data: Path, model: str, output: Path, **numbers: int) -> None:
+    """Parse, measure, print."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="lorafleet-benchmark-") as folder:
+            report = benchmark(data, model, Path(folder), output, **numbers)
+    except LorafleetError as error:
+        click.echo(f"benchmarks.train: {error}", err=True)
+        sys.exit(1)
+    click.echo(f"wrote {report}", err=True)
+
+
+def benchmark(data: Path, model: str, folder: Path, output: Path, **numbers: int) -> Path:
+    """Run both phases, print the results and write them as JSON.
+
+    Raises:
+        BenchmarkError: A peer failed, or the losses differ.
+        LorafleetError: The model or the rows cannot be used.
+    """
+    plan = Plan(**_prepare(data, model, folder), **numbers)
+    report: dict[str, Any] = {
+        "command": shlex.join(["python", "-m", "benchmarks.train", *sys.argv[1:]]),
+        "finished": "",
+        "machine": machine_facts(),
+        "settings": {"model": model, "data": data.name, "batch_size": BATCH_SIZE, "learning_rate": LEARNING_RATE}
+        | {"lr_warmup_steps": LR_WARMUP_STEPS, "lora": LoraConfig().model_dump(mode="json"), **numbers},
+    }
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    if plan.parity_steps:
+        parity = check_parity(plan, folder)
+        report["parity"] = asdict(parity) | {"limit": PARITY_LIMIT, "passed": parity.passed}
+        _print_parity(console, parity)
+    rounds = [run_round(plan, number, folder) for number in range(plan.rounds)]
+    summaries = {peer: summarize_peer(peer, rounds) for peer in PEERS}
+    report |= as_json(rounds, summaries)
+    report["warnings"] = warnings(rounds, plan.steps)
+    report["finished"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    _print_throughput(console, summaries, rounds, report["warnings"])
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(output, report)
+    return output
+
+
+def _prepare(data: Path, model: str, folder: Path) -> dict[str, Any]:
+    """Tokenize the rows once, and write the adapter that every peer starts from."""
+    if not data.exists():
+        raise DataError(
+            f"--data {data} does not exist; name a file of rows, for example train.jsonl of the E2E NLG set"
+        )
+    base = load_base(ModelConfig(model_name_or_path=model, device="cpu", dtype="float32"))
+    tokenizer: PreTrainedTokenizerBase = base.tokenizer
+    rows = tokenized_rows(data, tokenizer)
+    config = LoraConfig()
+    bank = inject_lora(base.model, config, seed=0)
+    adapter = folder / "adapter"
+    save_adapter(adapter, config, bank.state_dict(0), base_name=base.name, metadata={})
+    tokens = [len(row["input_ids"]) for row in rows]
+    click.echo(f"{len(rows)} rows, {sum(tokens) / len(rows):.0f} tokens each on average", err=True)
+    return {"model": base.source, "adapter": str(adapter), "rows": rows}
+
+
+def check_parity(plan: Plan, folder: Path) -> Parity:
+    """Run the parity phase.
+
+    Raises:
+        BenchmarkError: The losses differ by more than ``PARITY_LIMIT``.
+    """
+    job = plan.parity_job()
+    parity = compare_losses({peer: run_peer(peer, job, folder)[0].losses for peer in PEERS})
+    if not parity.passed:
+        differences = ", ".join(f"{peer} {value:.1e}" for peer, value in parity.relative.items())
+        raise BenchmarkError(
+            f"parity: losses differ from lorafleet's by more than {PARITY_LIMIT} relative: {differences}"
+        )
+    return parity
+
+
+def run_round(plan: Plan, number: int, folder: Path) -> dict[str, Run]:
+    """Run every peer once. Each round begins with another peer, so that none always has the machine at its best."""
+    names = list(PEERS)
+    order: Sequence[str] = names[number % len(names) :] + names[: number % len(names)]
+    runs = {}
+    for peer in order:
+        result, other_load = run_peer(peer, plan.throughput_job(number, peer), folder)
+        run = runs[peer] = summarize_run(result, plan.skipped, other_load)
+        click.echo(
+            f"round {number + 1} of {plan.rounds}: {peer} {run.tokens_per_second:.0f} real tokens/s, "
+            f"{run.peak_memory_bytes / 2**30:.2f} GiB; others used {other_load:.2f} cores",
+            err=True,
+        )
+    return runs
+
+
+def run_peer(peer: str, job: Job, folder: Path) -> tuple[Result, float]:
+    """Run one peer in a process of its own.
+
+    Returns:
+        What it measured, and the cores that others used meanwhile.
+
+    Raises:
+        BenchmarkError: The process failed; the message has the end of its output.
+    """
+    job_path, result_path, log_path = folder / "job.json", folder / "result.json", folder / "log.txt"
+    write_json(job_path, job)
+    threads = {name: str(job.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    environment = os.environ | threads | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", f"benchmarks.peers.{PEERS[peer]}", str(job_path), str(result_path)]
+    before, own_before, start = _busy_seconds(), _children_seconds(), time.perf_counter()
+    with log_path.open("wb") as log:
+        status = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False)
+    if status.returncode:
+        end = log_path.read_text(encoding="utf-8", errors="replace")[-3000:]
+        raise BenchmarkError(f"{peer} failed with exit code {status.returncode}; its output ends with:\n{end}")
+    wall = time.perf_counter() - start
+    others = (_busy_seconds() - before - (_children_seconds() - own_before)) / wall
+    return read_result(result_path), max(0.0, others)
+
+
+def _busy_seconds() -> float:
+    """Processor time that anything used, or the hypervisor took away, since the machine started."""
+    times: dict[str, float] = psutil.cpu_times()._asdict()
+    return sum(value for name, value in times.items() if name not in ("idle", "iowait", "guest", "guest_nice"))
+
+
+def _children_seconds() -> float:
+    times = os.times()
+    return times.children_user + times.children_system
+
+
+def _print_parity(console: Console, parity: Parity) -> None:
+    steps = len(parity.losses[OURS])
+    for peer, value in parity.relative.items():
+        console.print(f"parity: {steps} steps on identical batches, loss within {value:.1e} relative of {peer}")
+
+
+def _print_throughput(
+    console: Console, summaries: dict[str, PeerSummary], rounds: list[dict[str, Run]], cautions: list[str]
+) -> None:
+    console.print(render(summaries, len(rounds)))
+    for peer in PEERS:
+        console.print(f"{peer}: {rounds[0][peer].result.settings}")
+    for caution in cautions:
+        console.print(f"not to be quoted: {caution}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""lorafleet: train, keep and use LoRA adapters, one or many on one frozen base.
+
+The names below load what they need when they are first used: ``import lorafleet`` stays fast and imports no torch.
+
+    lorafleet.train(model="smollm2-135m", data="rows.jsonl", output_dir="runs/first")
+    lorafleet.evaluate(adapter="runs/first", data="rows.jsonl")
+    lorafleet.generate(adapter="runs/first", prompt="Hello")
+
+    bank = lorafleet.inject_lora(model, lorafleet.LoraConfig(r=8))  # inside your own loop
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lorafleet.config import LoraConfig
+    from lorafleet.data.run import inspect_data
+    from lorafleet.evaluation.run import evaluate
+    from lorafleet.export.merged import merge
+    from lorafleet.files.inspection import inspect
+    from lorafleet.generation.run import generate
+    from lorafleet.lora import LoraBank, LoraLinear, Routing, inject_lora
+    from lorafleet.models.machine import doctor
+    from lorafleet.training.run import train
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LoraBank",
+    "LoraConfig",
+    "LoraLinear",
+    "Routing",
+    "__version__",
+    "doctor",
+    "evaluate",
+    "generate",
+    "inject_lora",
+    "inspect",
+    "inspect_data",
+    "merge",
+    "train",
+]
+
+_HOMES = {
+    "LoraBank": "lorafleet.lora",
+    "LoraConfig": "lorafleet.config",
+    "LoraLinear": "lorafleet.lora",
+    "Routing": "lorafleet.lora",
+    "doctor": "lorafleet.models.machine",
+    "evaluate": "lorafleet.evaluation.run",
+    "generate": "lorafleet.generation.run",
+    "inject_lora": "lorafleet.lora",
+    "inspect": "lorafleet.files.inspection",
+    "inspect_data": "lorafleet.data.run",
+    "merge": "lorafleet.export.merged",
+    "train": "lorafleet.training.run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lorafleet' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

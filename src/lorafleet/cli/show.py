@@ -1,0 +1,208 @@
+"""How the result of each command is shown to people, on stdout."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.table import Table
+from rich.text import Text
+
+from lorafleet.cli.quickstart import KNOBS, REVIEWS
+from lorafleet.cli.tables import clock, comparison, facts, put, share, size
+
+if TYPE_CHECKING:
+    from lorafleet.cli.quickstart import QuickstartResult
+    from lorafleet.data.report import DataReport
+    from lorafleet.evaluation.run import EvalResult
+    from lorafleet.export.merged import MergeResult
+    from lorafleet.files.inspection import Inspection
+    from lorafleet.generation.run import GenerateResult
+    from lorafleet.training.result import TrainResult
+
+
+def train(result: "TrainResult") -> None:
+    """The base beside the adapter, then what was trained and what to do next."""
+    rows = ", ".join(f"{count:,} {name}" for name, count in result.rows.items())
+    put(
+        comparison({"base": result.metrics_before, "adapter": result.metrics}),
+        facts(
+            [
+                ("adapter", result.adapter),
+                ("steps", f"{result.steps:,}, the adapter of step {result.best_step:,}"),
+                ("rows", rows),
+                ("tokens", f"{result.tokens:,} processed, {result.trained_tokens:,} trained"),
+                ("training loss", f"{result.train_loss:.4f}"),
+                ("trained parameters", share(result.trainable_parameters, result.total_parameters)),
+                ("rate", f"{result.tokens_per_second:,.0f} tokens/s"),
+                ("peak memory", size(result.peak_memory_bytes)),
+                ("time", clock(result.seconds)),
+            ]
+        ),
+        "",
+        f"Try it:  lorafleet generate --adapter {result.adapter} --prompt ...",
+        f"Test it: lorafleet eval --adapter {result.adapter} --data ...",
+    )
+
+
+def evaluate(result: "EvalResult") -> None:
+    """The base beside the adapter, and whether the difference is more than chance."""
+    majority = result.majority
+    put(
+        comparison(result.metrics),
+        facts(
+            [
+                ("rows", f"{result.rows:,} of {result.split}, {result.data}"),
+                *([("always " + majority["label"], f"{majority['accuracy']:.1%}")] if majority else []),
+                *_differences(result),
+                ("predictions", result.predictions),
+                ("time", clock(result.seconds)),
+            ]
+        ),
+        *(Text(f"note: {warning}", style="yellow") for warning in result.warnings),
+    )
+
+
+def _differences(result: "EvalResult") -> list[tuple[str, str]]:
+    """The adapter's accuracy less that of the base and of the majority label, with McNemar's p."""
+    others = {
+        "base": result.metrics.get("base", {}).get("accuracy"),
+        "majority": (result.majority or {}).get("accuracy"),
+    }
+    rows = []
+    for name, other in others.items():
+        p_value = result.p_values.get(f"adapter_vs_{name}")
+        if other is not None and p_value is not None:
+            points = 100 * (result.metrics["adapter"]["accuracy"] - other)
+            rows.append((f"adapter against {name}", f"{points:+.1f} points, McNemar p = {p_value:.2g}"))
+    return rows
+
+
+def generate(result: "GenerateResult") -> None:
+    """Answers under their prompts, untouched by wrapping; a single answer was printed as it came."""
+    alone = len(result.answers) == 1
+    for answer in result.answers:
+        if not alone:
+            click.echo(click.style(f"> {answer.prompt}", bold=True))
+        click.echo("" if alone else answer.text)
+        if answer.base_text is not None:
+            click.echo(("\n" if alone else "") + f"[base] {answer.base_text}")
+        if not alone:
+            click.echo()
+
+
+def merge(result: "MergeResult") -> None:
+    """Where the model is, and how it was checked."""
+    put(
+        facts(
+            [
+                ("model", result.output_dir),
+                ("precision", result.dtype),
+                ("size", size(result.bytes)),
+                ("tensors", f"{result.changed_tensors} changed, {result.unchanged_tensors} as in the base"),
+                ("embeddings", "input and output are two matrices now" if result.untied else None),
+                ("adapter's effect", f"{result.adapter_effect:.2e} of the largest logit"),
+                ("merged against adapter", f"{result.logits_difference:.1e}, at most {result.tolerance:.0e} accepted"),
+                ("time", clock(result.seconds)),
+            ]
+        )
+    )
+
+
+def quickstart(result: "QuickstartResult") -> None:
+    """The four steps' results and what to try next."""
+    trained, evaluated = result.train, result.evaluation
+    evaluate(evaluated)
+    put("")
+    for review, answer in zip(REVIEWS, result.generation.answers, strict=True):
+        put(
+            Text(review, style="bold"),
+            facts([("  base", (answer.base_text or "").strip()), ("  adapter", answer.text.strip())]),
+        )
+    put("")
+    merge(result.merged)
+    put(
+        "",
+        facts(
+            [
+                ("adapter", trained.adapter),
+                ("sha256", f"{result.adapter_sha256} (the same after every such run on this machine)"),
+                (
+                    "trained",
+                    f"{share(trained.trainable_parameters, trained.total_parameters)} in {clock(trained.seconds)}",
+                ),
+            ]
+        ),
+        "",
+        "Next:",
+        f"  lorafleet inspect {trained.adapter}",
+        f"  lorafleet eval --adapter {trained.adapter} --data {KNOBS['data']} --split valid",
+        f"  lorafleet generate --model {result.merged.output_dir} --prompt Hello",
+        "  lorafleet train --model smollm2-135m --data your_rows.jsonl --output-dir runs/yours",
+        "  lorafleet train --help",
+    )
+
+
+def inspect_data(report: "DataReport") -> None:
+    """Counts, faults and one decoded example."""
+    put(report.render())
+
+
+def inspect(found: "Inspection") -> None:
+    """Totals, then one line for each kind of layer, then where the adapter can be served."""
+    ratio = found.reduction_ratio
+    scales = [f"{s['scale']:g} (r {s['r']}, alpha {s['lora_alpha']:g}, {s['modules']} modules)" for s in found.scales]
+    put(
+        facts(
+            [
+                (found.kind, found.target),
+                ("base", found.base if found.kind == "adapter" else None),
+                ("architecture", found.architecture),
+                ("total parameters", f"{found.total_parameters:,}" if found.total_parameters else None),
+                ("adapter parameters", share(found.adapter_parameters, found.total_parameters)),
+                ("trainable parameters", share(found.trainable_parameters, found.total_parameters)),
+                ("reduction", f"{ratio:,.0f}× fewer to train and to store" if ratio else None),
+                ("base on disk", size(found.base_bytes)),
+                ("adapter on disk", size(found.adapter_bytes)),
+                ("effective scale", ", ".join(scales)),
+            ]
+        ),
+        _groups(found),
+        facts((f"runs in {runtime}", _verdict(why)) for runtime, why in found.deployability.items()),
+    )
+
+
+def _groups(found: "Inspection") -> Table:
+    table = Table("layers", "count", "in → out", "r", "scale", "adapter parameters")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for group in found.groups:
+        adapted = (str(group.r), f"{group.scale:g}", f"{group.adapter_parameters:,}") if group.r else ("", "", "")
+        table.add_row(group.name, str(group.count), f"{group.in_features:,} → {group.out_features:,}", *adapted)
+    return table
+
+
+def _verdict(reasons: list[str]) -> str:
+    return "yes" if not reasons else "no: " + "; ".join(reasons)
+
+
+def doctor(report: Mapping[str, Any]) -> None:
+    """Every fact of the report; what needs attention last."""
+    put(facts(_doctor_rows(report)))
+    problems = report["problems"]
+    put("", *[f"attention: {problem}" for problem in problems] or ["No problems found."])
+
+
+def _doctor_rows(report: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for name, value in report.items():
+        if isinstance(value, Mapping):
+            rows += [(name, facts((key, _fact(key, item)) for key, item in value.items()))]
+        elif name != "problems":
+            rows.append((name.replace("_", " "), value))
+    return rows
+
+
+def _fact(key: str, value: Any) -> Any:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return size(value) if key.endswith("_bytes") else "not installed" if value is None else value

@@ -1,0 +1,62 @@
+import io
+
+import pytest
+from rich.console import Console
+
+from benchmarks.job import Result
+from benchmarks.summary import OURS, Run, needed_rate, render, summarize_peer, summarize_run, warnings
+
+PRODUCTS = {
+    "before": {"tokens": 100, "seconds": {"forward": 0.2, "gradient": 0.1, "lora": 0.1, "head": 0.1, "attention": 0.5}},
+    "after": {"tokens": 100, "seconds": {"forward": 0.2, "gradient": 0.1, "lora": 0.1, "head": 0.1, "attention": 0.5}},
+}
+
+
+def run(rate: float, memory: int = 1 << 30, load: float = 0.0) -> Run:
+    return Run(rate, rate / 2, memory, load, Result(products=PRODUCTS, settings="as it comes"))
+
+
+def test_a_run_is_its_median_step_without_the_first_ones() -> None:
+    result = Result(seconds=[9.0, 1.0, 1.0, 4.0], tokens=[1, 100, 120, 200], peak_memory_bytes=7)
+    measured = summarize_run(result, skipped=1, other_load=0.0)
+    assert measured.tokens_per_second == 100
+    assert measured.tokens_per_second_whole == 420 / 6
+    assert measured.peak_memory_bytes == 7
+
+
+def test_ratios_are_taken_round_by_round() -> None:
+    rounds = [
+        {OURS: run(200), "other": run(100)},
+        {OURS: run(100), "other": run(40)},
+        {OURS: run(90), "other": run(60)},
+    ]
+    ratio = summarize_peer("other", rounds).ratio
+    assert (ratio.low, ratio.median, ratio.high) == (1.5, 2.0, 2.5)
+    assert summarize_peer(OURS, rounds).ratio.median == 1
+
+
+def test_the_share_is_the_needed_time_over_the_time_taken() -> None:
+    assert needed_rate(PRODUCTS) == pytest.approx(200)
+    mine = summarize_peer(OURS, [{OURS: run(160)}])
+    assert mine.share.median == pytest.approx(0.8)
+    assert mine.share_with_attention.median == pytest.approx(1.6)
+
+
+def test_memory_is_the_most_of_all_rounds() -> None:
+    rounds = [{OURS: run(1, memory=5)}, {OURS: run(1, memory=9)}, {OURS: run(1, memory=7)}]
+    assert summarize_peer(OURS, rounds).peak_memory_bytes == 9
+
+
+def test_figures_of_small_or_disturbed_runs_are_not_to_be_quoted() -> None:
+    quiet = [{OURS: run(1)}] * 3
+    assert warnings(quiet, steps=8) == []
+    assert "smoke test" in warnings(quiet, steps=7)[0]
+    assert "smoke test" in warnings(quiet[:2], steps=8)[0]
+    assert "up to 0.5 cores" in warnings([*quiet, {OURS: run(1, load=0.5)}], steps=8)[0]
+
+
+def test_the_table_shows_every_peer() -> None:
+    rounds = [{OURS: run(200), "other": run(100)}]
+    text = io.StringIO()
+    Console(file=text, width=140).print(render({peer: summarize_peer(peer, rounds) for peer in rounds[0]}, 1))
+    assert all(part in text.getvalue() for part in ("other", "200", "2.00", "1.00"))

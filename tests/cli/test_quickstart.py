@@ -1,0 +1,43 @@
+"""The quickstart's four steps, on a tiny base: what it makes, that it can be repeated, and what it shows."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lorafleet.cli import show
+from lorafleet.cli.main import main
+from lorafleet.cli.quickstart import KNOBS, REVIEWS, quickstart
+from lorafleet.config import DataConfig, LoraConfig, ModelConfig, RunConfig, TrainingConfig, load_sections
+from tests.tiny import tiny_base_folder
+
+
+def test_its_knobs_are_valid() -> None:
+    sections = (ModelConfig, DataConfig, LoraConfig, TrainingConfig, RunConfig)
+    _, data, _, training, run = load_sections(sections, KNOBS, {})
+    assert (data.data, training.max_steps, run.overwrite) == (KNOBS["data"], KNOBS["max_steps"], True)
+
+
+@pytest.mark.timeout(300)
+def test_it_runs_twice_with_the_same_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = tiny_base_folder(tmp_path / "base", "llama")
+    knobs = {"model_name_or_path": str(base), "output_dir": str(tmp_path / "run"), "max_steps": 2, "max_eval_rows": 8}
+    first, second = quickstart(**knobs), quickstart(**knobs)
+    assert first.adapter_sha256 == second.adapter_sha256
+    assert second.evaluation.rows == 500
+    assert set(second.evaluation.metrics) == {"base", "adapter"}
+    assert set(second.evaluation.p_values) == {"adapter_vs_base", "adapter_vs_majority"}
+    assert len(second.generation.answers) == len(REVIEWS)
+    assert (tmp_path / "run" / "merged" / "model.safetensors").is_file()
+    lines = (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()
+    assert len(lines) == 500
+    json.dumps(second.as_dict())
+    show.quickstart(second)
+    shown = capsys.readouterr().out
+    for part in ("accuracy", "always negative", REVIEWS[0], second.adapter_sha256, "lorafleet inspect"):
+        assert part in shown
+
+
+def test_its_flags_reach_train(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["quickstart", "--max-steps", "0"]) == 2
+    assert "max_steps = 0: should be greater than or equal to 1" in capsys.readouterr().err
