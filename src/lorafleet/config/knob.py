@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 class Section(BaseModel):
     """A group of knobs. Unknown keys are errors; a section never changes after it was made."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def knob(default: Any, description: str, *, names: tuple[str, ...] = (), **limits: Any) -> Any:

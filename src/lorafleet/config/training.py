@@ -16,9 +16,7 @@ class TrainingConfig(Section):
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = knob("linear", "Course of the rate after warm-up.")
     warmup_ratio: float = knob(0.03, "Share of all steps in which the rate rises from 0.", ge=0, lt=1)
     warmup_steps: int | None = knob(None, "Steps of warm-up; replaces warmup_ratio.", ge=0)
-    per_device_train_batch_size: int = knob(
-        8, "Rows in a micro-batch.", names=("micro_batch_size", "batch_size"), ge=1
-    )
+    per_device_train_batch_size: int = knob(8, "Rows in a micro-batch.", names=("micro_batch_size", "batch_size"), ge=1)
     gradient_accumulation_steps: int = knob(1, "Micro-batches in one optimizer step.", ge=1)
     num_train_epochs: float = knob(3.0, "Passes over the rows.", names=("num_epochs", "epochs"), gt=0)
     max_steps: int | None = knob(None, "Optimizer steps; replaces num_train_epochs.", ge=1)
@@ -47,10 +45,10 @@ class RunConfig(Section):
     save_strategy: Literal["no", "steps", "epoch"] = knob("epoch", "When a checkpoint is saved.")
     save_steps: int = knob(100, "Optimizer steps between checkpoints with save_strategy steps.", ge=1)
     save_total_limit: int = knob(2, "Checkpoints kept; older ones are deleted.", ge=1)
-    load_best_model_at_end: bool = knob(True, "End with the adapter of the lowest evaluation loss.", names=("keep_best",))
-    early_stopping_patience: int | None = knob(
-        None, "Stop after this many evaluations without a lower loss.", ge=1
+    load_best_model_at_end: bool = knob(
+        True, "End with the adapter of the lowest evaluation loss.", names=("keep_best",)
     )
+    early_stopping_patience: int | None = knob(None, "Stop after this many evaluations without a lower loss.", ge=1)
     logging_steps: int = knob(10, "Optimizer steps between progress lines.", ge=1)
     report_to: list[Literal["tensorboard"]] = knob([], "Trackers beside metrics.jsonl.")
     gradient_checkpointing: bool = knob(False, "Recompute activations in the backward pass: less memory, slower.")

@@ -130,7 +130,8 @@ class LossModel:
     def _head_loss(self, hidden: Tensor, targets: Tensor, weights: Tensor, batch: FlatBatch) -> tuple[Tensor, Tensor]:
         head = self.model.get_output_embeddings()
         if isinstance(head, nn.Linear) and not head.weight.requires_grad and not head._forward_hooks:
-            return cast("tuple[Tensor, Tensor]", _HeadLoss.apply(hidden, head.weight, head.bias, targets, weights))
+            both = _HeadLoss.apply(hidden, head.weight, head.bias, targets, weights)  # type: ignore[no-untyped-call]
+            return cast("tuple[Tensor, Tensor]", both)
         # The head has adapters: plain autograd, one part and chunk at a time, recomputed in the backward pass.
         losses, start = [], 0
         for slot, count in zip(batch.slots, batch.part_targets, strict=True):

@@ -126,7 +126,7 @@ def _is_short(query: Tensor, key: Tensor, value: Tensor, layout: FlatLayout, win
 
 def _rows(tensor: Tensor, start: int, count: int, length: int) -> Tensor:
     """A run of equal lengths as ``(count, heads, length, dim)``, a view."""
-    rows: Tensor = tensor[0, :, start : start + count * length].unflatten(1, (count, length))  # type: ignore[no-untyped-call]
+    rows: Tensor = tensor[0, :, start : start + count * length].unflatten(1, (count, length))
     return rows.transpose(0, 1)
 
 

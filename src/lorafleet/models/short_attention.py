@@ -27,7 +27,7 @@ def _causal(length: int, groups: int, dtype: torch.dtype) -> Tensor:
 def _split(tensor: Tensor, run: Run, heads: int) -> Tensor:
     """A run of equal lengths of ``(1, H, tokens, dim)`` as ``(count · heads, H/heads · length, dim)``."""
     start, count, length = run
-    rows = tensor[0, :, start : start + count * length].unflatten(1, (count, length))  # type: ignore[no-untyped-call]
+    rows = tensor[0, :, start : start + count * length].unflatten(1, (count, length))
     joined: Tensor = rows.transpose(0, 1).reshape(count * heads, -1, tensor.shape[-1])
     return joined
 
@@ -36,7 +36,7 @@ def _join(part: Tensor, into: Tensor, run: Run) -> None:
     """Write ``(count · heads, H/heads · length, dim)`` into a run of ``(1, H, tokens, dim)``."""
     start, count, length = run
     rows = part.view(count, into.shape[1], length, into.shape[-1]).transpose(0, 1)
-    into[0, :, start : start + count * length].unflatten(1, (count, length)).copy_(rows)  # type: ignore[no-untyped-call]
+    into[0, :, start : start + count * length].unflatten(1, (count, length)).copy_(rows)
 
 
 class _ShortAttention(torch.autograd.Function):
@@ -87,5 +87,5 @@ def short_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, run
     Returns:
         ``(1, heads, tokens, dim)``.
     """
-    out: Tensor = _ShortAttention.apply(query, key, value, scale, runs)
+    out: Tensor = _ShortAttention.apply(query, key, value, scale, runs)  # type: ignore[no-untyped-call]
     return out

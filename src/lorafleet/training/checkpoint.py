@@ -1,4 +1,4 @@
-"""What a run must find again to go on as if it had not stopped: tensors, progress, and proof that it is the same run."""
+"""What a run must find again to go on as if it had not stopped: tensors, progress, and proof of being the same run."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict

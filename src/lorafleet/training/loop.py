@@ -72,7 +72,7 @@ class Population:
         for parts in zip_longest(*(window.parts for window in windows)):
             present = [number for number, part in enumerate(parts) if part is not None]
             loss = self.loss_model(collate([parts[number] for number in present]))
-            loss.total.backward()  # type: ignore[no-untyped-call]
+            loss.total.backward()
             for number, part_loss in zip(present, loss.parts, strict=True):
                 losses[number] += part_loss
         norms = [member.clip() for member in active]

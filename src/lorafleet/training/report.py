@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 def as_text(renderable: RenderableType) -> str:
     """Something rich can show, as plain text for a log line."""
     buffer = StringIO()
-    Console(file=buffer, width=100).print(renderable)
+    Console(file=buffer, width=130).print(renderable)
     return buffer.getvalue().rstrip()
 
 
@@ -158,7 +158,7 @@ def tensorboard_observer(folder: Path) -> Callable[[Event], None]:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise MissingExtraError("report_to tensorboard", "track") from error
+        raise MissingExtraError("report_to tensorboard", "tensorboard") from error
     writer: Any = SummaryWriter(str(folder))
 
     def observe(event: Event) -> None:

@@ -115,6 +115,8 @@ def write_results(
             "base_weights_hash": base.weights_hash,
             "tokenizer_hash": base.tokenizer_hash,
             "data_hash": data.data_hash,
+            "data": settings[1].model_dump(mode="json"),
+            "labels": list(data.labels),
             "steps": result.steps,
             "metrics": result.metrics,
         },
