@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from benchmarks.summary import (
 )
 from lorafleet.config.lora import LoraConfig
 from lorafleet.config.model import ModelConfig
-from lorafleet.errors import DataError, LorafleetError
+from lorafleet.errors import DataError, LorafleetError, MissingExtraError
 from lorafleet.files.adapter import save_adapter
 from lorafleet.lora import inject_lora
 from lorafleet.models.load import load_base
@@ -123,6 +124,7 @@ class Plan:
 def main(data: Path, model: str, output: Path, **numbers: int) -> None:
     """Parse, measure, print."""
     try:
+        require_peers()
         with tempfile.TemporaryDirectory(prefix="lorafleet-benchmark-") as folder:
             report = benchmark(data, model, Path(folder), output, **numbers)
     except LorafleetError as error:
@@ -140,10 +142,15 @@ def benchmark(data: Path, model: str, folder: Path, output: Path, **numbers: int
     """
     plan = Plan(**_prepare(data, model, folder), **numbers)
     report: dict[str, Any] = {
-        "command": shlex.join(["python", "-m", "benchmarks.train", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "benchmarks.train", *map(_short, sys.argv[1:])]),
         "finished": "",
         "machine": machine_facts(),
-        "settings": {"model": model, "data": data.name, "batch_size": BATCH_SIZE, "learning_rate": LEARNING_RATE}
+        "settings": {
+            "model": _short(model),
+            "data": data.name,
+            "batch_size": BATCH_SIZE,
+            "learning_rate": LEARNING_RATE,
+        }
         | {"lr_warmup_steps": LR_WARMUP_STEPS, "lora": LoraConfig().model_dump(mode="json"), **numbers},
     }
     console = Console(width=None if sys.stdout.isatty() else 140)
@@ -160,6 +167,21 @@ def benchmark(data: Path, model: str, folder: Path, output: Path, **numbers: int
     output.parent.mkdir(parents=True, exist_ok=True)
     write_json(output, report)
     return output
+
+
+def require_peers() -> None:
+    """Check that the peers are installed, before anything is measured.
+
+    Raises:
+        MissingExtraError: They are not.
+    """
+    if find_spec("trl") is None:
+        raise MissingExtraError("benchmarks.train", "bench")
+
+
+def _short(argument: str) -> str:
+    """An absolute path as its last two parts: results are published, folders of this machine are nobody's business."""
+    return "/".join(Path(argument).parts[-2:]) if Path(argument).is_absolute() else argument
 
 
 def _prepare(data: Path, model: str, folder: Path) -> dict[str, Any]:

@@ -1,3 +1,4 @@
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,8 @@ def test_the_command_stops_where_the_losses_differ(tmp_path: Path, monkeypatch: 
         return Result(losses=[2.0 if peer == OURS else 2.1] * job.steps), 0.0
 
     monkeypatch.setattr(benchmarks.train, "run_peer", fake)
+    monkeypatch.setattr(benchmarks.train, "require_peers", lambda: None)
+    monkeypatch.setattr(benchmarks.train, "machine_facts", dict)
     data = write_rows(tmp_path / "train.jsonl", 30)
     output = tmp_path / "result.json"
     arguments = ["--data", str(data), "--model", tiny_job().model, "--parity-steps", "2", "--output", str(output)]
@@ -108,7 +111,16 @@ def test_the_command_stops_where_the_losses_differ(tmp_path: Path, monkeypatch: 
     assert not output.exists()
 
 
-def test_data_is_required_and_has_to_exist(tmp_path: Path) -> None:
+def test_the_extra_is_named_where_it_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmarks.train, "find_spec", lambda name: None)
+    answer = CliRunner().invoke(main, ["--data", str(tmp_path)])
+    assert answer.exit_code == 1
+    assert "pip install 'lorafleet[bench]'" in answer.stderr
+
+
+def test_data_is_required_and_has_to_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmarks.train, "require_peers", lambda: None)
+    monkeypatch.setattr(benchmarks.train, "machine_facts", dict)
     assert "Missing option '--data'" in CliRunner().invoke(main, []).stderr
     answer = CliRunner().invoke(main, ["--data", str(tmp_path / "none.jsonl")])
     assert answer.exit_code == 1
@@ -134,4 +146,7 @@ def test_the_whole_command(tmp_path: Path) -> None:
     assert answer.exit_code == 0
     assert "not to be quoted: 2 rounds of 2 steps are a smoke test" in answer.stdout
     assert all(peer in answer.stdout for peer in PEERS)
-    assert output.exists()
+    report = json.loads(output.read_text(encoding="utf-8"))
+    assert report["parity"]["passed"]
+    assert [list(one) for one in report["rounds"]] == [list(PEERS), [*list(PEERS)[1:], OURS]]
+    assert str(tmp_path) not in json.dumps(report)

@@ -41,7 +41,7 @@ class RunConfig(Section):
     )
     eval_steps: int = knob(100, "Optimizer steps between evaluations with eval_strategy steps.", ge=1)
     per_device_eval_batch_size: int = knob(16, "Rows in a batch of evaluation.", names=("eval_batch_size",), ge=1)
-    max_eval_rows: int = knob(500, "Held-out rows used for evaluation during and around training.", ge=1)
+    max_eval_rows: int = knob(200, "Held-out rows used for evaluation during and around training.", ge=1)
     save_strategy: Literal["no", "steps", "epoch"] = knob("epoch", "When a checkpoint is saved.")
     save_steps: int = knob(100, "Optimizer steps between checkpoints with save_strategy steps.", ge=1)
     save_total_limit: int = knob(2, "Checkpoints kept; older ones are deleted.", ge=1)

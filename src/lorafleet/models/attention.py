@@ -6,8 +6,11 @@ native grouped-query attention; runs of equal length go through one ``scaled_dot
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from importlib import import_module
+from inspect import signature
 from itertools import groupby
 from typing import Any
 
@@ -96,7 +99,7 @@ def flat_attention(
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     if foreign or dropout or not causal:
         raise UnsupportedAttention(f"needs {', '.join(foreign) or ('dropout' if dropout else 'non-causal attention')}")
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and varlen_kernel() is not None:
         return _varlen(query, key, value, scaling, sliding_window, flat_layout), None
     if _is_short(query, key, value, flat_layout, sliding_window):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -139,26 +142,28 @@ def _band(length: int, window: int, device: torch.device) -> Tensor:
 def _varlen(
     query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None, layout: FlatLayout
 ) -> Tensor:
-    """Flash attention's variable-length kernel."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    bounds = layout.bounds(query.device)
-    longest = max(layout.lengths)
-    q, k, v = (t[0].transpose(0, 1).contiguous() for t in (query, key, value))
-    out = varlen_attn(
-        q,
-        k,
-        v,
-        bounds,
-        bounds,
-        longest,
-        longest,
-        scale=scaling,
-        window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=q.shape[1] != k.shape[1],
+    """Flash attention's variable-length kernel; key and value heads are repeated, which every version of it takes."""
+    kernel = varlen_kernel()
+    assert kernel is not None
+    bounds, longest, groups = layout.bounds(query.device), max(layout.lengths), query.shape[1] // key.shape[1]
+    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    window_size = (-1 if window is None else window - 1, 0)
+    out: Tensor = kernel(
+        *(t.contiguous() for t in (q, k, v)), bounds, bounds, longest, longest, scale=scaling, window_size=window_size
     )
-    assert isinstance(out, Tensor)
     return out[None]
+
+
+@lru_cache
+def varlen_kernel() -> Callable[..., Any] | None:
+    """PyTorch's variable-length attention, where this version has it with windows (2.11 on)."""
+    try:
+        kernel: Callable[..., Any] = import_module("torch.nn.attention.varlen").varlen_attn
+    except ImportError:
+        return None
+    return kernel if "window_size" in signature(kernel).parameters else None
 
 
 AttentionInterface.register(FLAT, flat_attention)
