@@ -1,0 +1,62 @@
+"""Order, windows and flat batches."""
+
+import numpy as np
+import pytest
+import torch
+
+from lorafleet.data.batches import Part, Schedule, collate, count_targets
+from tests.evaluation.test_token_loss import Row
+
+
+@pytest.mark.parametrize(("rows", "batch", "accumulation"), [(10, 2, 1), (11, 2, 3), (5, 8, 2), (7, 3, 2)])
+def test_every_epoch_uses_every_row_once_in_its_own_order(rows: int, batch: int, accumulation: int) -> None:
+    schedule = Schedule(rows, batch, accumulation, seed=4)
+    epochs = []
+    for epoch in range(2):
+        steps = range(epoch * schedule.steps_per_epoch, (epoch + 1) * schedule.steps_per_epoch)
+        windows = [schedule.window(step) for step in steps]
+        assert all(1 <= len(window) <= accumulation and max(map(len, window)) <= batch for window in windows)
+        epochs.append([row for window in windows for micro in window for row in micro])
+        assert sorted(epochs[-1]) == list(range(rows))
+    assert epochs[0] != epochs[1]
+    assert schedule.window(3) == Schedule(rows, batch, accumulation, seed=4).window(3)
+    assert [Schedule(rows, batch, accumulation, seed=5).window(s) for s in range(4)] != [
+        schedule.window(s) for s in range(4)
+    ]
+
+
+def test_total_steps_by_epochs_or_steps() -> None:
+    schedule = Schedule(rows=11, batch_size=2, accumulation=3, seed=0)
+    assert schedule.steps_per_epoch == 2
+    assert schedule.total_steps(epochs=2.5, max_steps=None) == 5
+    assert schedule.total_steps(epochs=2.5, max_steps=17) == 17
+
+
+def test_a_flat_batch_points_each_target_at_the_token_before_it() -> None:
+    rows = [
+        Row(np.array([5, 6, 7, 8]), np.array([True, False, True, True])),
+        Row(np.array([9, 10]), np.array([False, True])),
+    ]
+    batch = collate([Part(1, rows, weight=0.25), Part(-1, rows[:1])])
+    assert batch.input_ids.tolist() == [9, 10, 5, 6, 7, 8, 5, 6, 7, 8]
+    assert batch.lengths == (2, 4, 4)
+    assert batch.position_ids.tolist() == [0, 1, 0, 1, 2, 3, 0, 1, 2, 3]
+    assert batch.positions.tolist() == [0, 3, 4, 7, 8]
+    assert batch.targets.tolist() == [10, 7, 8, 7, 8]
+    assert batch.weights.tolist() == [0.25] * 3 + [1.0] * 2
+    assert batch.part_targets == (3, 2)
+    assert (count_targets(rows), batch.tokens) == (3, 10)
+    assert batch.routing(padded=False).lengths == (6, 4)
+    assert batch.routing(padded=True).lengths == (2, 1)
+
+
+def test_a_padded_batch_keeps_ids_and_targets() -> None:
+    rows = [
+        Row(np.array([5, 6, 7, 8]), np.array([False, False, True, True])),
+        Row(np.array([9, 10]), np.array([False, True])),
+    ]
+    batch = collate([Part(0, rows)])
+    ids, mask, positions = batch.padded(pad_id=99)
+    assert ids.tolist() == [[9, 10, 99, 99], [5, 6, 7, 8]]
+    assert mask.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
+    torch.testing.assert_close(ids.flatten()[positions + 1], batch.targets)
