@@ -11,7 +11,7 @@ from benchmarks.peers.trainer_parts import StepClock, adapted_model, common_argu
 
 # Measured on one thread, on rows of 40 to 160 tokens: eager attention is 1 to 3 % faster than sdpa, padding_free 9 to
 # 19 % slower than padding (same loss; TRL supports it with flash attention only), torch_compile 3 to 8 % faster after a
-# first step of minutes. The loss in chunks of the vocabulary is TRL's only one; on a CPU it scores the prompt's tokens too.
+# first step of minutes. The loss in chunks is TRL's only one; on a CPU it scores the prompt's tokens too.
 ATTENTION = "eager"
 SETTINGS = (
     "length-grouped batches, no packing, no gradient checkpointing, fp32 (its defaults are checkpointing and bf16), "
