@@ -20,7 +20,8 @@ from lorafleet.cli.commands import app
 
 ROOT = Path(__file__).parents[1]
 READMES = [ROOT / "README.md", ROOT / "README.zh-CN.md"]
-PAGES = READMES + sorted([*ROOT.glob("docs/guide/*.md"), *ROOT.glob("docs/zh/guide/*.md")])
+GUIDE, CHINESE_GUIDE = (sorted((ROOT / folder).glob("*.md")) for folder in ("docs/guide", "docs/zh/guide"))
+PAGES = READMES + GUIDE + CHINESE_GUIDE
 FENCE = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```\s*$", re.MULTILINE | re.DOTALL)
 
 
@@ -63,8 +64,8 @@ def run_python(page: Path, block: Block, namespace: dict[str, object]) -> None:
     exec(compile(source, name, "exec"), namespace)
 
 
-# The Chinese README shows the English one's code, word for word; the last test holds that.
-@pytest.mark.parametrize("page", [page for page in PAGES if page != READMES[1]], ids=name_of)
+# The Chinese pages show the English ones' code; the last tests hold that.
+@pytest.mark.parametrize("page", [READMES[0], *GUIDE], ids=name_of)
 def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
@@ -114,6 +115,19 @@ def test_linked_and_named_paths_exist(page: Path) -> None:
 
 def test_both_readmes_show_the_same_code() -> None:
     english, chinese = ([(b.language, _without_comments(b.text)) for b in blocks_of(page)] for page in READMES)
+    assert english == chinese
+
+
+def test_the_guide_has_the_same_pages_in_both_languages() -> None:
+    assert [page.name for page in GUIDE] == [page.name for page in CHINESE_GUIDE]
+    assert len(GUIDE) == 8
+
+
+@pytest.mark.parametrize("page", GUIDE, ids=name_of)
+def test_both_guides_show_the_same_code(page: Path) -> None:
+    english, chinese = (
+        [(b.language, b.tags, b.text) for b in blocks_of(p)] for p in (page, ROOT / "docs/zh/guide" / page.name)
+    )
     assert english == chinese
 
 
