@@ -1,7 +1,9 @@
-"""What the README and the guide show is true: Python blocks run, commands parse, paths exist.
+"""What the README and the guide show is true: Python blocks run, commands and YAML are accepted, paths exist.
 
-The ``python`` blocks of a file run in order, in one namespace and one empty folder. ``bash run`` blocks run there too;
-in other ``bash`` blocks every ``lorafleet`` line must parse.
+The ``python`` blocks of a file run in order, in one namespace and one empty folder; a ``text output`` block is what the
+block before it prints. ``bash run`` blocks run there too. In other ``bash`` blocks every ``lorafleet`` line must parse
+and its values must be valid, together with those of the YAML file that it names: a ``yaml`` block of the same page that
+begins with ``# <name of the file>``.
 """
 
 import linecache
@@ -16,12 +18,19 @@ from typing import NamedTuple
 import click
 import pytest
 
-from lorafleet.cli.commands import app
+from lorafleet.cli.commands import COMMANDS, DATA_INSPECT, QUICKSTART, Command, app
+from lorafleet.cli.flags import given_knobs
+from lorafleet.config import load_sections
+from lorafleet.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
 READMES = [ROOT / "README.md", ROOT / "README.zh-CN.md"]
 GUIDE, CHINESE_GUIDE = (sorted((ROOT / folder).glob("*.md")) for folder in ("docs/guide", "docs/zh/guide"))
 PAGES = READMES + GUIDE + CHINESE_GUIDE
+TRANSLATIONS = [tuple(READMES), *((page, ROOT / "docs/zh/guide" / page.name) for page in GUIDE)]
+DECLARED = {f"lorafleet {command.name}": command for command in (*COMMANDS, QUICKSTART)} | {
+    "lorafleet data inspect": DATA_INSPECT
+}
 FENCE = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```\s*$", re.MULTILINE | re.DOTALL)
 
 
@@ -52,6 +61,17 @@ def commands_of(page: Path) -> list[tuple[int, list[str]]]:
     return found
 
 
+def yaml_files(page: Path, folder: Path) -> dict[str, Path]:
+    """Write the page's YAML blocks as the files that their first lines name."""
+    files = {}
+    for block in blocks_of(page):
+        if block.language == "yaml":
+            name = block.text.splitlines()[0].removeprefix("# ")
+            files[name] = folder / name
+            files[name].write_text(block.text, encoding="utf-8")
+    return files
+
+
 def name_of(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
@@ -64,34 +84,55 @@ def run_python(page: Path, block: Block, namespace: dict[str, object]) -> None:
     exec(compile(source, name, "exec"), namespace)
 
 
-# The Chinese pages show the English ones' code; the last tests hold that.
+# The Chinese pages show the English ones' code; the last test holds that.
 @pytest.mark.parametrize("page", [READMES[0], *GUIDE], ids=name_of)
-def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_run(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     namespace: dict[str, object] = {"__name__": "page"}
     for block in blocks_of(page):
         if block.language == "python":
+            capsys.readouterr()
             run_python(page, block, namespace)
+        elif block.tags == ["output"]:
+            assert capsys.readouterr().out == block.text, f"{name_of(page)}:{block.line}"
         elif block.language == "bash" and "run" in block.tags:
             subprocess.run(["bash", "-euc", block.text], check=True, env=os.environ | {"PATH": path})
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_commands_parse(page: Path) -> None:
+def test_commands_are_accepted(page: Path, tmp_path: Path) -> None:
+    files = yaml_files(page, tmp_path)
     for line, words in commands_of(page):
+        place = f"{name_of(page)}:{line}: lorafleet {' '.join(words)}"
         command: click.Command = app
         path = "lorafleet"
         while isinstance(command, click.Group) and words and words[0] in command.commands:
             command, path, words = command.commands[words[0]], f"{path} {words[0]}", words[1:]
-        assert not isinstance(command, click.Group), f"{page}:{line}: no such command: {path} {' '.join(words[:1])}"
-        context = click.Context(app, info_name="lorafleet", **app.context_settings)
+        assert not isinstance(command, click.Group), f"{place}: no such command"
+        parent = click.Context(app, info_name="lorafleet", **app.context_settings)
         try:
-            command.make_context(path, list(words), parent=context)
+            context = command.make_context(path, list(words), parent=parent)
+            check_values(DECLARED[path], context, files)
         except click.exceptions.Exit:
             pass  # --help was asked for
         except click.ClickException as error:
-            pytest.fail(f"{page}:{line}: {error.format_message()}")
+            pytest.fail(f"{place}: {error.format_message()}")
+        except (ConfigError, KeyError) as error:
+            pytest.fail(f"{place}: {error}")
+
+
+def check_values(command: Command, context: click.Context, files: dict[str, Path]) -> None:
+    """Validate a command line's flags and its YAML file as the command itself would."""
+    knobs = dict(command.defaults) | given_knobs(context, command.flags)
+    argument, source = context.params.get("argument"), None
+    if command.argument is not None and command.argument.knob is not None:
+        knobs[command.argument.knob] = argument
+    elif argument is not None and command.name not in ("inspect", "doctor"):
+        source = files[argument]
+    load_sections(command.sections, source, knobs)
 
 
 @pytest.mark.parametrize("page", READMES, ids=name_of)
@@ -113,23 +154,23 @@ def test_linked_and_named_paths_exist(page: Path) -> None:
     assert missing == []
 
 
-def test_both_readmes_show_the_same_code() -> None:
-    english, chinese = ([(b.language, _without_comments(b.text)) for b in blocks_of(page)] for page in READMES)
-    assert english == chinese
-
-
 def test_the_guide_has_the_same_pages_in_both_languages() -> None:
     assert [page.name for page in GUIDE] == [page.name for page in CHINESE_GUIDE]
     assert len(GUIDE) == 8
 
 
-@pytest.mark.parametrize("page", GUIDE, ids=name_of)
-def test_both_guides_show_the_same_code(page: Path) -> None:
-    english, chinese = (
-        [(b.language, b.tags, b.text) for b in blocks_of(p)] for p in (page, ROOT / "docs/zh/guide" / page.name)
-    )
-    assert english == chinese
+@pytest.mark.parametrize(("english", "chinese"), TRANSLATIONS, ids=name_of)
+def test_both_languages_have_the_same_sections_and_code(english: Path, chinese: Path) -> None:
+    assert [shape_of(block) for block in blocks_of(english)] == [shape_of(block) for block in blocks_of(chinese)]
+    assert headings_of(english) == headings_of(chinese)
 
 
-def _without_comments(text: str) -> str:
-    return "\n".join(line.split("#")[0].rstrip() for line in text.splitlines())
+def shape_of(block: Block) -> tuple[str, list[str], str]:
+    """A block without its comments, which are translated in the READMEs."""
+    return block.language, block.tags, "\n".join(line.split("#")[0].rstrip() for line in block.text.splitlines())
+
+
+def headings_of(page: Path) -> list[int]:
+    """The levels of the headings, in order."""
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    return [len(found) for found in re.findall(r"^(#+) ", text, re.MULTILINE)]

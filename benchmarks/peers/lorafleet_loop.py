@@ -82,6 +82,7 @@ def run(job: Job) -> Result:
     if job.phase == "parity":
         member.schedule = FixedOrder(job.batches)  # type: ignore[assignment]
     loss_model = LossModel(base.model, bank, base.tokenizer.pad_token_id)
+    loss_model.pack()
     needs: dict[str, Any] = {}
     loading_peak = peak_memory_bytes()
     if job.products:

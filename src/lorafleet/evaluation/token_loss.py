@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from lorafleet.data.batches import FlatBatch, Part, TrainRow, collate
 from lorafleet.lora import LoraBank, Routing
+from lorafleet.lora.packed import PackedWeight, pack
 from lorafleet.models.attention import flat_inputs, use_flat_attention
 
 CHUNK = 128
@@ -29,19 +30,28 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        weights: Tensor,
+        packed: PackedWeight | None,
     ) -> tuple[Tensor, Tensor]:
         needs_grad = ctx.needs_input_grad[0]
         losses, grad = weights.new_empty(len(hidden)), torch.empty_like(hidden if needs_grad else hidden[:0])
         for start in range(0, len(hidden), CHUNK):
             part = slice(start, start + CHUNK)
-            log_p = F.linear(hidden[part], weight, bias).to(weights.dtype).log_softmax(dim=-1)
+            logits = packed.linear(hidden[part], bias) if packed else F.linear(hidden[part], weight, bias)
+            log_p = logits.to(weights.dtype).log_softmax(dim=-1)
             losses[part] = -log_p.gather(1, targets[part, None])[:, 0]
             if needs_grad:
                 grad_logits = log_p.exp_()
                 grad_logits[torch.arange(len(log_p)), targets[part]] -= 1
                 # The weights scale rows, so they scale the narrow product instead of the wide factor.
-                grad[part] = (grad_logits.to(hidden.dtype) @ weight).mul_(weights[part, None])
+                grad_logits = grad_logits.to(hidden.dtype)
+                product = packed.input_gradient(grad_logits) if packed else grad_logits @ weight
+                grad[part] = product.mul_(weights[part, None])
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(losses)
         return (losses * weights).sum(), losses
@@ -50,7 +60,7 @@ class _HeadLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
-        return grad * grad_loss.to(grad.dtype), None, None, None, None
+        return grad * grad_loss.to(grad.dtype), None, None, None, None, None
 
 
 @dataclass(frozen=True)
@@ -80,6 +90,15 @@ class LossModel:
         with torch.no_grad(), bank.disabled() if bank else nullcontext():
             self.flat = use_flat_attention(model)
             self.decoder = self._plain_decoder()
+        self._packed_head: PackedWeight | None = None
+
+    def pack(self) -> None:
+        """Lay the frozen weights of bank and output head out for faster products on a CPU (see ``LoraBank.pack``)."""
+        if self.bank is not None:
+            self.bank.pack()
+        head = self.model.get_output_embeddings()
+        if isinstance(head, nn.Linear):
+            self._packed_head = pack(head.weight)
 
     def _plain_decoder(self) -> Callable[..., Any] | None:
         """The part of the model before its head, if head(decoder(x)) equals the model's logits."""
@@ -130,7 +149,7 @@ class LossModel:
     def _head_loss(self, hidden: Tensor, targets: Tensor, weights: Tensor, batch: FlatBatch) -> tuple[Tensor, Tensor]:
         head = self.model.get_output_embeddings()
         if isinstance(head, nn.Linear) and not head.weight.requires_grad and not head._forward_hooks:
-            both = _HeadLoss.apply(hidden, head.weight, head.bias, targets, weights)  # type: ignore[no-untyped-call]
+            both = _HeadLoss.apply(hidden, head.weight, head.bias, targets, weights, self._packed_head)  # type: ignore[no-untyped-call]
             return cast("tuple[Tensor, Tensor]", both)
         # The head has adapters: plain autograd, one part and chunk at a time, recomputed in the backward pass.
         losses, start = [], 0

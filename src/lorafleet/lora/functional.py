@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from lorafleet.lora.packed import PackedWeight
+
 
 class LoraSegment(NamedTuple):
     """What one layer does with rows ``start:stop``: its slot, that slot's rank, scale and dropout, and its bias."""
@@ -60,14 +62,12 @@ def lora_linear_reference(
 
 def _even_run(segments: Sequence[LoraSegment], tokens: int) -> bool:
     """Whether the segments cover the batch in equal lengths over consecutive slots, so that one bmm serves all."""
+    if len(segments) < 2:
+        return False
     length = segments[0].stop - segments[0].start
-    return (
-        len(segments) > 1
-        and length * len(segments) == tokens
-        and all(
-            s.start == i * length and s.stop == s.start + length and s.slot == segments[0].slot + i and not s.dropout
-            for i, s in enumerate(segments)
-        )
+    return length * len(segments) == tokens and all(
+        s.start == i * length and s.stop == s.start + length and s.slot == segments[0].slot + i and not s.dropout
+        for i, s in enumerate(segments)
     )
 
 
@@ -82,10 +82,11 @@ class _LoraLinear(torch.autograd.Function):
         lora_B: Tensor,
         lora_bias: Tensor | None,
         segments: Sequence[LoraSegment],
+        packed: PackedWeight | None,
     ) -> Tensor:
-        y = F.linear(x, weight, bias)
+        y = F.linear(x, weight, bias) if packed is None else packed.linear(x, bias)
         ctx.even = _even_run(segments, x.shape[0])
-        ctx.segments, ctx.has_bias = segments, lora_bias is not None
+        ctx.segments, ctx.has_bias, ctx.packed = segments, lora_bias is not None, packed
         low = (
             _forward_even(x, y, lora_A, lora_B, segments)
             if ctx.even
@@ -103,7 +104,9 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, lora_A, lora_B, *low = ctx.saved_tensors
         grad = grad.contiguous()
-        grad_x = grad @ weight if ctx.needs_input_grad[0] else None
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ weight if ctx.packed is None else ctx.packed.input_gradient(grad)
         grad_weight = grad.T @ x if ctx.needs_input_grad[1] else None
         grad_base_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
         back = _backward_even if ctx.even else _backward_ragged
@@ -114,7 +117,7 @@ class _LoraLinear(torch.autograd.Function):
             for s in ctx.segments:
                 if s.trains_bias:
                     grad_bias[s.slot] += grad[s.start : s.stop].sum(0)
-        return grad_x, grad_weight, grad_base_bias, grad_A, grad_B, grad_bias, None
+        return grad_x, grad_weight, grad_base_bias, grad_A, grad_B, grad_bias, None, None
 
 
 def _forward_ragged(
@@ -208,6 +211,7 @@ def lora_linear(
     lora_B: Tensor,
     lora_bias: Tensor | None,
     segments: Sequence[LoraSegment],
+    packed: PackedWeight | None = None,
 ) -> Tensor:
     """Base product and every segment's LoRA update, with a hand-written backward pass.
 
@@ -219,9 +223,10 @@ def lora_linear(
         lora_B: All slots' B ``(K, out, r_max)``; columns past a slot's rank are zero.
         lora_bias: All slots' trained change of the bias ``(K, out)``, or none.
         segments: Disjoint and in order; rows that none covers get the base alone.
+        packed: The frozen weight in a faster layout, if it has one.
 
     Returns:
         ``(tokens, out)``. Only ``x`` and the rank-wide activations are kept for the backward pass.
     """
-    result: Tensor = _LoraLinear.apply(x, weight, bias, lora_A, lora_B, lora_bias, segments)  # type: ignore[no-untyped-call]
+    result: Tensor = _LoraLinear.apply(x, weight, bias, lora_A, lora_B, lora_bias, segments, packed)  # type: ignore[no-untyped-call]
     return result

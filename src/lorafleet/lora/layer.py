@@ -8,6 +8,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorafleet.errors import AdapterError, ModelError
 from lorafleet.lora.functional import LoraSegment, lora_linear
+from lorafleet.lora.packed import PackedWeight, pack
 from lorafleet.lora.routing import Router, Segment
 
 
@@ -68,6 +69,7 @@ class LoraLinear(nn.Module):
         self.lora_A = nn.Parameter(weight.new_zeros((num_slots, r, self.in_features), dtype=dtype))
         self.lora_B = nn.Parameter(weight.new_zeros((num_slots, self.out_features, r), dtype=dtype))
         self.lora_bias: nn.Parameter | None = None
+        self.packed: PackedWeight | None = None
         self.unmerged: tuple[Tensor, Tensor | None] | None = None
 
     @property
@@ -123,6 +125,11 @@ class LoraLinear(nn.Module):
         rank = self.ranks[slot]
         return self.scalings[slot] * (self.lora_B.data[slot, :, :rank] @ self.lora_A.data[slot, :rank])
 
+    def pack(self) -> None:
+        """Lay the frozen weight out for faster products, where that is possible; results change by rounding only."""
+        weight = self.weight.T if isinstance(self.base_layer, Conv1D) else self.weight
+        self.packed = pack(weight)
+
     def merge(self, slot: int) -> None:
         """Fold a slot into the base layer; the original parameters are kept.
 
@@ -157,21 +164,22 @@ class LoraLinear(nn.Module):
             RoutingError: The routing does not cover the batch.
         """
         router = self.router
-        if not router.enabled or router.merged_slot is not None:
+        if router.merged_slot is not None:
             return cast(Tensor, self.base_layer(x))
         tokens = x.numel() // self.in_features
-        segments = [self._segment(s) for s in router.segments(tokens) if s.slot >= 0 and self.active(s.slot)]
-        if not segments:
+        laid = router.segments(tokens) if router.enabled else ()
+        segments = [self._segment(s) for s in laid if s.slot >= 0 and self.active(s.slot)]
+        packed = self.packed if x.dtype == torch.float32 else None
+        if not segments and packed is None:
             return cast(Tensor, self.base_layer(x))
         weight, bias = self.weight, self.bias
         if isinstance(self.base_layer, Conv1D):
             weight = weight.T
         if torch.is_autocast_enabled(x.device.type):
             lower = torch.get_autocast_dtype(x.device.type)
-            x, weight, bias = x.to(lower), weight.to(lower), None if bias is None else bias.to(lower)
-        y = lora_linear(
-            x.reshape(tokens, self.in_features), weight, bias, self.lora_A, self.lora_B, self.lora_bias, segments
-        )
+            x, weight, bias, packed = x.to(lower), weight.to(lower), None if bias is None else bias.to(lower), None
+        flat = x.reshape(tokens, self.in_features)
+        y = lora_linear(flat, weight, bias, self.lora_A, self.lora_B, self.lora_bias, segments, packed)
         return y.view(*x.shape[:-1], self.out_features)
 
     def active(self, slot: int) -> bool:

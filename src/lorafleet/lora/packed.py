@@ -1,0 +1,59 @@
+"""Frozen weights laid out for oneDNN, once, for the forward product and for the input's gradient.
+
+On two AVX-512 cores a packed weight made products of 190 to 740 rows 1.1 to 1.3 times faster than ``F.linear``, and the
+output head's of 128 rows twice. It costs two more copies of the weight. The operators are private to PyTorch, so they
+are looked for and tried; without them nothing is packed.
+"""
+
+import torch
+from torch import Tensor
+
+ROWS = 512
+"""Rows that the layout is made for; it serves any number."""
+
+
+class PackedWeight:
+    """A frozen ``(out, in)`` matrix in oneDNN's layout, in both directions."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._forward = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), ROWS)
+        self._backward = torch.ops.mkldnn._reorder_linear_weight(weight.detach().T.contiguous(), ROWS)
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """``x·Wᵀ + b`` for ``x (rows, in)``."""
+        return _product(x, self._forward, bias)
+
+    def input_gradient(self, grad: Tensor) -> Tensor:
+        """``grad·W`` for ``grad (rows, out)``."""
+        return _product(grad, self._backward, None)
+
+
+def _product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return out
+
+
+def pack(weight: Tensor) -> PackedWeight | None:
+    """Pack a frozen float32 matrix on a CPU; none where PyTorch cannot, or where its answer is not the product."""
+    frozen = weight.device.type == "cpu" and weight.dtype == torch.float32 and not weight.requires_grad
+    if not frozen or not _works():
+        return None
+    return PackedWeight(weight)
+
+
+_checked: list[bool] = []
+
+
+def _works() -> bool:
+    """Whether this PyTorch has the operators and they give products; found out once."""
+    if not _checked:
+        weight, x = torch.arange(48.0).view(6, 8) / 48, torch.arange(32.0).view(4, 8) / 32
+        try:
+            packed = PackedWeight(weight)
+            right = torch.allclose(packed.linear(x, None), x @ weight.T, rtol=1e-5)
+            _checked.append(
+                right and torch.allclose(packed.input_gradient(x @ weight.T), x @ weight.T @ weight, rtol=1e-5)
+            )
+        except (RuntimeError, NotImplementedError, AttributeError, TypeError):
+            _checked.append(False)
+    return _checked[0]
