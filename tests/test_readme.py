@@ -154,6 +154,18 @@ def test_linked_and_named_paths_exist(page: Path) -> None:
     assert missing == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_linked_sections_exist(page: Path) -> None:
+    links = re.findall(r"\]\(([^):]*)#([^)]+)\)", page.read_text(encoding="utf-8"))
+    assert [anchor for path, anchor in links if anchor not in anchors_of(page.parent / path if path else page)] == []
+
+
+def anchors_of(page: Path) -> set[str]:
+    """What GitHub calls the headings: lower case, no punctuation, dashes for spaces."""
+    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_the_guide_has_the_same_pages_in_both_languages() -> None:
     assert [page.name for page in GUIDE] == [page.name for page in CHINESE_GUIDE]
     assert len(GUIDE) == 8

@@ -18,7 +18,7 @@ from lorafleet.data.build import build
 from lorafleet.data.encode import ChatEncoder
 from lorafleet.data.report import DataReport
 from lorafleet.data.sources import find_source
-from lorafleet.data.store import TokenRows
+from lorafleet.data.store import SCHEMA, TokenRows
 from lorafleet.errors import DataError
 from lorafleet.models.cache import cache_folder as default_cache_folder
 from lorafleet.models.digest import remembered_sha256, sha256_json, tokenizer_hash
@@ -72,6 +72,7 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, cache_f
     key = sha256_json(
         {
             "format": _FORMAT,
+            "columns": str(SCHEMA),
             "source": source.content_hash,
             "config": config.model_dump(mode="json"),
             "tokenizer": tokenizer_hash(tokenizer),

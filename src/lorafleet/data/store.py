@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from lorafleet.data.encode import Sample
 
-_SCHEMA = pa.schema(
+SCHEMA = pa.schema(
     [
         ("input_ids", pa.list_(pa.int32())),
         ("loss_mask", pa.list_(pa.uint8())),
@@ -128,7 +128,7 @@ class RowWriter:
 
     def __init__(self, path: Path) -> None:
         self._file = pa.OSFile(str(path), "wb")
-        self._writer = pa.ipc.new_stream(self._file, _SCHEMA)
+        self._writer = pa.ipc.new_stream(self._file, SCHEMA)
         self.content = sha256()
 
     def __enter__(self) -> "RowWriter":
@@ -142,7 +142,7 @@ class RowWriter:
 
     def write(self, rows: Sequence[tuple[str, Sequence[Sample], bool, bytes, bytes]]) -> None:
         """Write rows as (source, samples, is a duplicate, fingerprint, opening)."""
-        columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
+        columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
         for source, samples, duplicate, fingerprint, opening in rows:
             for number, sample in enumerate(samples):
                 ids, mask = sample.ids.astype(np.int32), sample.mask.astype(np.uint8)
@@ -167,7 +167,7 @@ class RowWriter:
                 for name, value in values.items():
                     columns[name].append(value)
         if columns["source"]:
-            self._writer.write_batch(pa.record_batch(columns, schema=_SCHEMA))
+            self._writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
 
 
 Views = tuple[NDArray[np.int64], NDArray[Any]]
