@@ -1,7 +1,8 @@
 """The mathematics of LoRA: layers, slots, routing. Plain torch.nn; knows no tokenizer, file or command line."""
 
-from lorafleet.lora.bank import LoraBank, SlotParameter, inject_lora
+from lorafleet.lora.bank import LoraBank, SlotParameter
 from lorafleet.lora.functional import LoraSegment, lora_linear, lora_linear_reference
+from lorafleet.lora.inject import inject_lora
 from lorafleet.lora.layer import LoraLinear
 from lorafleet.lora.routing import BASE_ONLY, Routing, Segment
 from lorafleet.lora.targets import find_targets

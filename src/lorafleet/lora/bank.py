@@ -1,6 +1,6 @@
 """All slots of one model: adapters enter, train or serve side by side, and leave."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, cast
 
@@ -344,29 +344,3 @@ class LoraBank:
         for layer in self.layers.values():
             layer.unmerge()
         self.router.merged_slot = None
-
-
-def inject_lora(
-    model: nn.Module, config: LoraConfig | Sequence[LoraConfig], *, num_slots: int | None = None, seed: int = 0
-) -> LoraBank:
-    """Put LoRA layers into ``model`` and fill one slot for each config.
-
-    Args:
-        model: Changed in place: its targets become :class:`LoraLinear`, its own weights stop requiring gradients.
-        config: One adapter's knobs, or one for each slot.
-        num_slots: Slots to make; as many as configs when not given.
-        seed: Seed of the first adapter; the next ones count up.
-
-    Returns:
-        The bank that routes tokens to slots.
-
-    Raises:
-        AdapterError: The model carries a bank already.
-        ConfigError: Targets do not fit the model.
-    """
-    configs = [config] if isinstance(config, LoraConfig) else list(config)
-    find_targets(model, configs[0])
-    bank = LoraBank(model, num_slots or len(configs))
-    for number, one in enumerate(configs):
-        bank.add(one, seed=seed + number)
-    return bank
