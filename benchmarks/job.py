@@ -69,6 +69,7 @@ class Result:
         settings: What was chosen for this peer, in words.
         versions: Of the packages that do the work.
         products: Seconds that matrix products alone need, see ``matmul_peak``.
+        bare_seconds: Of the bare base's forward and backward pass on the same batches, without LoRA and optimizer.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -78,6 +79,7 @@ class Result:
     settings: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     products: dict[str, Any] = field(default_factory=dict)
+    bare_seconds: list[float] = field(default_factory=list)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -9,8 +9,10 @@ from rich.table import Table
 from benchmarks.job import Result
 
 OURS = "lorafleet"
+BARE = "the bare base in lorafleet's loop: no LoRA, no optimizer"
 PARITY_LIMIT = 1e-3
-NEEDED = ("forward", "gradient", "lora", "head")
+NEEDED_BARE = ("forward", "gradient", "head")
+NEEDED = (*NEEDED_BARE, "lora")
 QUIET = 0.1
 """Cores that others may use while a figure is taken; a tenth of a core does not show in a ratio."""
 
@@ -145,6 +147,35 @@ def summarize_peer(peer: str, rounds: list[dict[str, Run]]) -> PeerSummary:
     )
 
 
+@dataclass(frozen=True)
+class BareSummary:
+    """The frozen base alone, forward and backward, on the batches of lorafleet's timed steps.
+
+    Args:
+        tokens_per_second: Real tokens, median step of each round.
+        share: Time that its products need at the best kernel, LoRA's not among them, over the time taken.
+        share_with_attention: The same, with attention's products counted as needed too.
+    """
+
+    tokens_per_second: Spread
+    share: Spread
+    share_with_attention: Spread
+
+
+def summarize_bare(rounds: list[dict[str, Run]], skipped: int) -> BareSummary:
+    """How much of its time the base itself spends in matrix products: what is left is no loop's to save."""
+    results = [one[OURS].result for one in rounds]
+    rates = [
+        median(t / s for t, s in zip(result.tokens[skipped:], result.bare_seconds[skipped:], strict=True))
+        for result in results
+    ]
+    shares = [
+        spread([rate / needed_rate(result.products, groups) for rate, result in zip(rates, results, strict=True)])
+        for groups in (NEEDED_BARE, (*NEEDED_BARE, "attention"))
+    ]
+    return BareSummary(spread(rates), *shares)
+
+
 def warnings(rounds: list[dict[str, Run]], steps: int) -> list[str]:
     """Why the figures of a run should not be quoted."""
     found = []
@@ -156,16 +187,17 @@ def warnings(rounds: list[dict[str, Run]], steps: int) -> list[str]:
     return found
 
 
-def as_json(rounds: list[dict[str, Run]], summaries: dict[str, PeerSummary]) -> dict[str, Any]:
+def as_json(rounds: list[dict[str, Run]], summaries: dict[str, PeerSummary], bare: BareSummary) -> dict[str, Any]:
     """Plain values of the throughput phase."""
     return {
         "rounds": [{peer: asdict(run) for peer, run in one.items()} for one in rounds],
         "summary": {peer: asdict(summary) for peer, summary in summaries.items()},
+        "bare": asdict(bare),
         "needed_tokens_per_second": [needed_rate(one[OURS].result.products) for one in rounds],
     }
 
 
-def render(summaries: dict[str, PeerSummary], rounds: int) -> Table:
+def render(summaries: dict[str, PeerSummary], bare: BareSummary, rounds: int) -> Table:
     """The table that the command prints."""
     table = Table(title=f"Training throughput: median of {rounds} rounds (least–most)")
     columns = ("real tokens/s", "lorafleet is faster ×", "whole tokens/s", "whole ×", "peak GiB", "share of products")
@@ -180,10 +212,16 @@ def render(summaries: dict[str, PeerSummary], rounds: int) -> Table:
             one.tokens_per_second_whole.text(0),
             "" if peer == OURS else one.ratio_whole.text(2),
             f"{one.peak_memory_bytes / 2**30:.2f}",
-            f"{one.share.text(2)} / {one.share_with_attention.median:.2f}",
+            _shares(one),
         )
+    table.add_section()
+    table.add_row(BARE, bare.tokens_per_second.text(0), "", "", "", "", _shares(bare))
     table.caption = (
         "real tokens/s: padding not counted, median step; whole: all timed steps together. share: time that the "
         "matrix products need at the best kernel, over the time taken; after the slash with attention's products."
     )
     return table
+
+
+def _shares(one: PeerSummary | BareSummary) -> str:
+    return f"{one.share.text(2)} / {one.share_with_attention.median:.2f}"

@@ -30,11 +30,11 @@ from benchmarks.summary import (
     OURS,
     PARITY_LIMIT,
     Parity,
-    PeerSummary,
     Run,
     as_json,
     compare_losses,
     render,
+    summarize_bare,
     summarize_peer,
     summarize_run,
     warnings,
@@ -160,10 +160,12 @@ def benchmark(data: Path, model: str, folder: Path, output: Path, **numbers: int
         _print_parity(console, parity)
     rounds = [run_round(plan, number, folder) for number in range(plan.rounds)]
     summaries = {peer: summarize_peer(peer, rounds) for peer in PEERS}
-    report |= as_json(rounds, summaries)
+    bare = summarize_bare(rounds, plan.skipped)
+    report |= as_json(rounds, summaries, bare)
     report["warnings"] = warnings(rounds, plan.steps)
     report["finished"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    _print_throughput(console, summaries, rounds, report["warnings"])
+    console.print(render(summaries, bare, len(rounds)))
+    _print_throughput(console, rounds, report["warnings"])
     output.parent.mkdir(parents=True, exist_ok=True)
     write_json(output, report)
     return output
@@ -276,10 +278,7 @@ def _print_parity(console: Console, parity: Parity) -> None:
         console.print(f"parity: {steps} steps on identical batches, loss within {value:.1e} relative of {peer}")
 
 
-def _print_throughput(
-    console: Console, summaries: dict[str, PeerSummary], rounds: list[dict[str, Run]], cautions: list[str]
-) -> None:
-    console.print(render(summaries, len(rounds)))
+def _print_throughput(console: Console, rounds: list[dict[str, Run]], cautions: list[str]) -> None:
     for peer in PEERS:
         console.print(f"{peer}: {rounds[0][peer].result.settings}")
     for caution in cautions:

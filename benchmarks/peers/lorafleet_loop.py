@@ -18,7 +18,7 @@ from lorafleet.config.training import RunConfig, TrainingConfig
 from lorafleet.data.batches import Part, collate, count_targets
 from lorafleet.evaluation.token_loss import LossModel
 from lorafleet.files.adapter import load_adapter
-from lorafleet.lora import inject_lora
+from lorafleet.lora import BASE_ONLY, inject_lora
 from lorafleet.models.load import load_base
 from lorafleet.models.machine import keep_large_allocations
 from lorafleet.training.events import Event, StepDone
@@ -82,7 +82,7 @@ def run(job: Job) -> Result:
     if job.phase == "parity":
         member.schedule = FixedOrder(job.batches)  # type: ignore[assignment]
     loss_model = LossModel(base.model, bank, base.tokenizer.pad_token_id)
-    loss_model.pack()
+    loss_model.speed_up()
     needs: dict[str, Any] = {}
     loading_peak = peak_memory_bytes()
     if job.products:
@@ -97,6 +97,7 @@ def run(job: Job) -> Result:
     result = clock.result
     result.peak_memory_bytes = max(loading_peak, peak_memory_bytes())
     if job.products:
+        result.bare_seconds = [_bare_seconds(loss_model, member, step) for step in range(job.steps)]
         needs["after"] = asdict(measure_need(model, batches))
     result.products, result.settings = needs, SETTINGS
     result.versions = package_versions("torch", "transformers", "lorafleet")
@@ -153,6 +154,19 @@ def _batch_shapes(job: Job, member: Member) -> list[BatchShape]:
     shapes = [BatchShape(tuple(len(row.input_ids) for row in batch), count_targets(batch)) for batch in batches]
     shapes.sort(key=lambda shape: shape.tokens)
     return [shapes[int((i + 0.5) * len(shapes) / MEASURED_SHAPES)] for i in range(MEASURED_SHAPES)]
+
+
+def _bare_seconds(loss_model: LossModel, member: Member, step: int) -> float:
+    """Time of the frozen base alone on a step's batches: what the model itself costs, products and all the rest."""
+    start = time.perf_counter()
+    embeddings = loss_model.model.get_input_embeddings()
+    hook = embeddings.register_forward_hook(lambda _, inputs, output: output.requires_grad_())
+    with member.bank.disabled():
+        for rows in member.schedule.window(step):
+            batch = collate([Part(BASE_ONLY, [member.rows[i] for i in rows])])
+            loss_model(batch).total.backward()
+    hook.remove()
+    return time.perf_counter() - start
 
 
 def _release_memory() -> None:

@@ -87,6 +87,7 @@ def test_every_peer_may_batch_as_it_likes_in_throughput() -> None:
     assert sum(ours.tokens) == sum(theirs.tokens) == sum(real_tokens(job))
     for need in (ours.products["before"], ours.products["after"]):
         assert all(seconds > 0 for seconds in need["seconds"].values())
+    assert len(ours.bare_seconds) == job.steps
     assert ours.peak_memory_bytes > 0 < theirs.peak_memory_bytes
 
 

@@ -4,7 +4,7 @@ import pytest
 from rich.console import Console
 
 from benchmarks.job import Result
-from benchmarks.summary import OURS, Run, needed_rate, render, summarize_peer, summarize_run, warnings
+from benchmarks.summary import OURS, Run, needed_rate, render, summarize_bare, summarize_peer, summarize_run, warnings
 
 PRODUCTS = {
     "before": {"tokens": 100, "seconds": {"forward": 0.2, "gradient": 0.1, "lora": 0.1, "head": 0.1, "attention": 0.5}},
@@ -13,7 +13,13 @@ PRODUCTS = {
 
 
 def run(rate: float, memory: int = 1 << 30, load: float = 0.0) -> Run:
-    return Run(rate, rate / 2, memory, load, Result(products=PRODUCTS, settings="as it comes"))
+    return Run(
+        rate,
+        rate / 2,
+        memory,
+        load,
+        Result(products=PRODUCTS, settings="as it comes", tokens=[9, 100], bare_seconds=[1.0, 0.25]),
+    )
 
 
 def test_a_run_is_its_median_step_without_the_first_ones() -> None:
@@ -58,5 +64,13 @@ def test_figures_of_small_or_disturbed_runs_are_not_to_be_quoted() -> None:
 def test_the_table_shows_every_peer() -> None:
     rounds = [{OURS: run(200), "other": run(100)}]
     text = io.StringIO()
-    Console(file=text, width=140).print(render({peer: summarize_peer(peer, rounds) for peer in rounds[0]}, 1))
-    assert all(part in text.getvalue() for part in ("other", "200", "2.00", "1.00"))
+    summaries = {peer: summarize_peer(peer, rounds) for peer in rounds[0]}
+    Console(file=text, width=140).print(render(summaries, summarize_bare(rounds, skipped=1), 1))
+    assert all(part in text.getvalue() for part in ("other", "200", "2.00", "1.00", "bare base", "400"))
+
+
+def test_the_bare_base_needs_no_products_of_lora() -> None:
+    bare = summarize_bare([{OURS: run(200)}], skipped=1)
+    assert bare.tokens_per_second.median == 400
+    assert bare.share.median == pytest.approx(400 / 250)  # 100 tokens in 0.4 s of forward, gradient and head
+    assert bare.share_with_attention.median == pytest.approx(400 * 0.9 / 100)

@@ -8,6 +8,7 @@ import pytest
 from lorafleet.cli.commands import COMMANDS, DATA_INSPECT
 from lorafleet.cli.flags import Flag, dashed, flags_of, given_knobs, options_of
 from lorafleet.config import (
+    DataConfig,
     EvaluationConfig,
     LoraConfig,
     ModelConfig,
@@ -18,7 +19,7 @@ from lorafleet.config import (
     load_sections,
 )
 
-SECTIONS = (LoraConfig, TrainingConfig, RunConfig, ModelConfig, PromptConfig, EvaluationConfig)
+SECTIONS = (LoraConfig, DataConfig, TrainingConfig, RunConfig, ModelConfig, PromptConfig, EvaluationConfig)
 
 
 def knobs_of(*arguments: str) -> dict[str, Any]:
@@ -61,6 +62,8 @@ def test_nothing_given_is_nothing() -> None:
         (["--resume-from-checkpoint"], {"resume_from_checkpoint": True}),
         (["--resume", "runs/a/checkpoint-3"], {"resume": "runs/a/checkpoint-3"}),
         (["--resume", "false"], {"resume": False}),
+        (["--completion-only-loss"], {"completion_only_loss": True}),
+        (["--no-assistant-only-loss"], {"assistant_only_loss": False}),
         (["--r", "4", "--rank", "8"], {"r": 4, "rank": 8}),
     ],
 )
@@ -77,7 +80,7 @@ def test_every_default_can_be_typed(flag: Flag) -> None:
     on = flag.default == "true"
     arguments = [f"--{'' if on else 'no-'}{dashed(flag.key)}"] if flag.kind == "boolean" else None
     knobs = knobs_of(*(arguments or [f"--{dashed(flag.key)}", flag.default]))
-    needed = {"output_dir": "x"} if flag.section is RunConfig and flag.key != "output_dir" else {}
+    needed = {key: "x" for key, field in flag.section.model_fields.items() if field.is_required() and key != flag.key}
     (section,) = load_sections((flag.section,), needed, knobs)
     assert getattr(section, flag.key) == default
 

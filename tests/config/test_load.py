@@ -16,6 +16,7 @@ from lorafleet.config import (
     dump_sections,
     known_names,
     load_sections,
+    switches,
 )
 from lorafleet.errors import ConfigError
 
@@ -49,7 +50,10 @@ def test_knobs_override_the_file_whatever_name_each_uses(tmp_path: Path) -> None
     assert (lora.r, training.learning_rate, run.output_dir) == (32, 1e-4, "out")
 
 
-@pytest.mark.parametrize("name", sorted(known_names(TRAIN)))
+SWITCHES = {name for section in TRAIN for key in section.model_fields for name in switches(section, key)}
+
+
+@pytest.mark.parametrize("name", sorted(set(known_names(TRAIN)) - SWITCHES))
 def test_every_name_is_accepted_with_dashes_and_underscores(name: str) -> None:
     key = known_names(TRAIN)[name]
     home = next(section for section in TRAIN if key in section.model_fields)
@@ -59,6 +63,27 @@ def test_every_name_is_accepted_with_dashes_and_underscores(name: str) -> None:
     for spelling in (name, name.replace("_", "-")):
         filled = dict(zip(TRAIN, load_sections(TRAIN, needed | {spelling: value}, {}), strict=True))
         assert getattr(filled[home], key) == value
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("completion_only_loss", True, "completion"),
+        ("completion-only-loss", False, "all"),
+        ("assistant_only_loss", True, "assistant"),
+        ("assistant_only_loss", False, "all"),
+    ],
+)
+def test_a_switch_of_other_tools_stands_for_a_value(name: str, value: bool, expected: str) -> None:
+    (data,) = load_sections((DataConfig,), {"data": "x", name: value}, {})
+    assert data.loss_on == expected
+
+
+def test_a_switch_that_is_no_switch_is_a_fault() -> None:
+    with pytest.raises(ConfigError, match="completion_only_loss = 'yes': should be true or false"):
+        load_sections((DataConfig,), {"data": "x", "completion_only_loss": "yes"}, {})
+    with pytest.raises(ConfigError, match="loss_on is given twice"):
+        load_sections((DataConfig,), {"data": "x", "completion_only_loss": True, "assistant_only_loss": True}, {})
 
 
 def test_a_shared_key_goes_to_every_section_that_has_it() -> None:

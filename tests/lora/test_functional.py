@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorafleet.lora import LoraSegment, lora_linear, lora_linear_reference
+from lorafleet.lora import LinearTensors, LoraSegment, lora_linear_reference, lora_linears
 from lorafleet.lora.functional import dropout_mask
 
 IN, OUT, R = 5, 7, 3
@@ -40,12 +40,20 @@ def tensors(dtype: torch.dtype, segments: list[LoraSegment]) -> dict[str, Tensor
     return {name: tensor.requires_grad_() for name, tensor in made.items()}
 
 
+def layer(made: dict[str, Tensor], segments: list[LoraSegment]) -> LinearTensors:
+    return LinearTensors(*(made[name] for name in ("weight", "bias", "lora_A", "lora_B", "lora_bias")), segments)
+
+
+def lora_linear(made: dict[str, Tensor], segments: list[LoraSegment]) -> Tensor:
+    return lora_linears(made["x"], [layer(made, segments)])[0]
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_equals_the_reference_forward_and_backward(layout: str, dtype: torch.dtype, tolerance: float) -> None:
     segments = LAYOUTS[layout]
     fast, slow = tensors(dtype, segments), tensors(dtype, segments)
-    y, expected = lora_linear(**fast, segments=segments), lora_linear_reference(**slow, segments=segments)
+    y, expected = lora_linear(fast, segments), lora_linear_reference(slow["x"], layer(slow, segments))
     torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
     weight = torch.randn(y.shape, dtype=dtype, generator=torch.Generator().manual_seed(2))
     (y * weight).sum().backward()
@@ -59,13 +67,36 @@ def test_equals_the_reference_forward_and_backward(layout: str, dtype: torch.dty
 def test_gradcheck(layout: str) -> None:
     segments = LAYOUTS[layout]
     made = tensors(torch.float64, segments)
-    assert torch.autograd.gradcheck(lambda *t: lora_linear(*t, segments), tuple(made.values()))
+    assert torch.autograd.gradcheck(
+        lambda *t: lora_linear(dict(zip(made, t, strict=True)), segments), tuple(made.values())
+    )
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "dropout"])
+def test_layers_that_share_their_input_equal_the_reference(layout: str) -> None:
+    # The second layer is wider, has other scales, and adapts nothing in slot 0.
+    def second(s: LoraSegment) -> LoraSegment:
+        return s._replace(rank=s.rank if s.slot else 0, scaling=3 * s.scaling)
+
+    layouts = [LAYOUTS[layout], [second(s) for s in LAYOUTS[layout]]]
+    results = []
+    for joint in (True, False):
+        made = [tensors(torch.float64, segments) for segments in layouts]
+        made[1]["weight"], made[1]["x"] = made[1]["weight"].detach().mul(2).requires_grad_(), made[0]["x"]
+        layers = [layer(one, segments) for one, segments in zip(made, layouts, strict=True)]
+        x = made[0]["x"]
+        ys = lora_linears(x, layers) if joint else [lora_linear_reference(x, one) for one in layers]
+        sum(y.sin().sum() * (i + 1) for i, y in enumerate(ys)).backward()  # type: ignore[union-attr]
+        grads = [t.grad if t.grad is not None else torch.zeros_like(t) for one in made for t in one.values()]
+        results.append([*ys, *grads])
+    for got, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
 
 
 def test_rank_padding_gets_no_gradient() -> None:
     segments = LAYOUTS["mixed ranks, equal lengths"]
     made = tensors(torch.float32, segments)
-    lora_linear(**made, segments=segments).square().sum().backward()
+    lora_linear(made, segments).square().sum().backward()
     for slot, rank in ((0, 1), (1, 2)):
         assert made["lora_A"].grad is not None and made["lora_B"].grad is not None
         assert not made["lora_A"].grad[slot, rank:].any()
@@ -86,7 +117,7 @@ def test_only_the_input_and_rank_wide_tensors_are_kept_for_backward() -> None:
     made = tensors(torch.float32, segments)
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        lora_linear(**made, segments=segments)
-    known = {made[name].data_ptr() for name in ("x", "weight", "lora_A", "lora_B")}
+        lora_linear(made, segments)
+    known = {tensor.data_ptr() for tensor in made.values()}
     others = [tuple(t.shape) for t in kept if t.data_ptr() not in known]
-    assert others == [(12, R)]
+    assert sorted(others) == [(R, OUT), (12, R)]

@@ -14,7 +14,7 @@ import click
 from click.core import ParameterSource
 from pydantic.fields import FieldInfo
 
-from lorafleet.config import Section, known_names
+from lorafleet.config import Section, known_names, switches
 from lorafleet.config.yaml_text import parse_scalar
 
 FREE_TEXT = {"prompt"}  # commas and brackets in these are the user's own words
@@ -107,7 +107,7 @@ def given_knobs(context: click.Context, flags: Iterable[Flag]) -> dict[str, Any]
         for name in (flag.key, *flag.others):
             if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
                 value = context.params[name]
-                knobs[name] = value if flag.kind == "boolean" else _read(flag, value)
+                knobs[name] = value if isinstance(value, bool) else _read(flag, value)
     return knobs
 
 
@@ -118,7 +118,7 @@ def dashed(name: str) -> str:
 
 def _option(flag: Flag, name: str) -> click.Option:
     long, hidden = dashed(name), name != flag.key
-    if flag.kind == "boolean":
+    if flag.kind == "boolean" or name in switches(flag.section, flag.key):
         return click.Option([name, f"--{long}/--no-{long}"], default=None, hidden=hidden)
     if flag.kind == "optional":
         return click.Option([name, f"--{long}"], is_flag=False, flag_value="true", hidden=hidden)

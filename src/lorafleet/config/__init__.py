@@ -1,7 +1,7 @@
 """Every knob, declared once with type, unit and reason; YAML in and out. Imports no torch."""
 
 from lorafleet.config.data import DataConfig
-from lorafleet.config.knob import Section, knob, other_names
+from lorafleet.config.knob import Section, knob, other_names, switches
 from lorafleet.config.load import dump_sections, known_names, load_sections
 from lorafleet.config.lora import LoraConfig
 from lorafleet.config.model import ModelConfig
@@ -25,4 +25,5 @@ __all__ = [
     "known_names",
     "load_sections",
     "other_names",
+    "switches",
 ]

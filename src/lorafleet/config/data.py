@@ -26,6 +26,7 @@ class DataConfig(Section):
         "assistant",
         "Tokens that are trained: every assistant turn, the last assistant turn only, or all tokens. "
         "Rows of plain text are trained whole.",
+        switches={"assistant_only_loss": ("assistant", "all"), "completion_only_loss": ("completion", "all")},
     )
     prompt_template: str | None = knob(
         None, "Prompt of text/label rows, with {text} and {labels}; the default names the labels when they are few."

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeVar, get_args, overload
 
 from pydantic import ValidationError
 
-from lorafleet.config.knob import Section, other_names
+from lorafleet.config.knob import Section, Switches, other_names, switches
 from lorafleet.config.yaml_text import Entry, dump_mapping, read_mapping
 from lorafleet.errors import ConfigError, did_you_mean, raise_all
 
@@ -75,8 +75,9 @@ def load_sections(sections: tuple[type[Section], ...], source: Source, knobs: Ma
     """
     faults: list[str] = []
     keys = known_names(sections)
-    given = _resolve(_read_source(source), keys, faults)
-    given |= _resolve([Entry(name, value, "") for name, value in knobs.items()], keys, faults)
+    meanings = {name: values for s in sections for key in s.model_fields for name, values in switches(s, key).items()}
+    given = _resolve(_read_source(source), keys, meanings, faults)
+    given |= _resolve([Entry(name, value, "") for name, value in knobs.items()], keys, meanings, faults)
     filled = [_fill(section, given, faults) for section in sections]
     raise_all(ConfigError, faults, "the configuration is wrong")
     return tuple(section for section in filled if section is not None)
@@ -122,8 +123,10 @@ def _read_source(source: Source) -> list[Entry]:
     raise ConfigError(f"a configuration is a YAML file or a mapping, not {type(source).__name__}")
 
 
-def _resolve(entries: Iterable[Entry], keys: Mapping[str, str], faults: list[str]) -> dict[str, Given]:
-    """Translate given names to keys; note unknown names and knobs given twice."""
+def _resolve(
+    entries: Iterable[Entry], keys: Mapping[str, str], meanings: Switches, faults: list[str]
+) -> dict[str, Given]:
+    """Translate given names to keys, and switches to values; note unknown names and knobs given twice."""
     given: dict[str, Given] = {}
     for entry in entries:
         name = entry.name.replace("-", "_") if isinstance(entry.name, str) else entry.name
@@ -136,6 +139,11 @@ def _resolve(entries: Iterable[Entry], keys: Mapping[str, str], faults: list[str
             )
         else:
             value = os.fspath(entry.value) if isinstance(entry.value, os.PathLike) else entry.value
+            if name in meanings:
+                if not isinstance(value, bool):
+                    faults.append(f"{entry.name} = {value!r}{entry.place}: should be true or false")
+                    continue
+                value = meanings[name][not value]
             given[key] = Given(entry.name, value, entry.place)
     return given
 

@@ -22,6 +22,10 @@ CHUNK = 128
 """Targets whose logits exist at the same time: enough rows for a fast product, 25 MB at a vocabulary of 49k."""
 
 
+ROWS = 32
+"""Rows of logits that are turned into probabilities at once."""
+
+
 class _HeadLoss(torch.autograd.Function):
     """Weighted cross-entropy behind a frozen output head, with the gradient computed in the forward pass.
 
@@ -43,13 +47,11 @@ class _HeadLoss(torch.autograd.Function):
         for start in range(0, len(hidden), CHUNK):
             part = slice(start, start + CHUNK)
             logits = packed.linear(hidden[part], bias) if packed else F.linear(hidden[part], weight, bias)
-            log_p = logits.to(weights.dtype).log_softmax(dim=-1)
-            losses[part] = -log_p.gather(1, targets[part, None])[:, 0]
+            losses[part], probabilities = _softmax_losses(logits.to(weights.dtype), targets[part])
             if needs_grad:
-                grad_logits = log_p.exp_()
-                grad_logits[torch.arange(len(log_p)), targets[part]] -= 1
+                probabilities[torch.arange(len(probabilities)), targets[part]] -= 1
                 # The weights scale rows, so they scale the narrow product instead of the wide factor.
-                grad_logits = grad_logits.to(hidden.dtype)
+                grad_logits = probabilities.to(hidden.dtype)
                 product = packed.input_gradient(grad_logits) if packed else grad_logits @ weight
                 grad[part] = product.mul_(weights[part, None])
         ctx.save_for_backward(grad)
@@ -61,6 +63,17 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
         return grad * grad_loss.to(grad.dtype), None, None, None, None, None
+
+
+def _softmax_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """``-log p`` of each target, and the probabilities in the logits' place, a few rows at a time: in the cache."""
+    losses = []
+    for z, target in zip(logits.split(ROWS), targets.split(ROWS), strict=True):
+        top, of_target = z.amax(dim=1, keepdim=True), z.gather(1, target[:, None])
+        total = z.sub_(top).exp_().sum(dim=1, keepdim=True)
+        z.div_(total)
+        losses.append((total.log() + top - of_target)[:, 0])
+    return torch.cat(losses), logits
 
 
 @dataclass(frozen=True)
@@ -92,10 +105,10 @@ class LossModel:
             self.decoder = self._plain_decoder()
         self._packed_head: PackedWeight | None = None
 
-    def pack(self) -> None:
-        """Lay the frozen weights of bank and output head out for faster products on a CPU (see ``LoraBank.pack``)."""
+    def speed_up(self) -> None:
+        """Prepare bank and output head for many steps (see ``LoraBank.speed_up``)."""
         if self.bank is not None:
-            self.bank.pack()
+            self.bank.speed_up(lambda: self.model(input_ids=self._few_ids(), use_cache=False))
         head = self.model.get_output_embeddings()
         if isinstance(head, nn.Linear):
             self._packed_head = pack(head.weight)
@@ -105,10 +118,13 @@ class LossModel:
         decoder, head = self.model.base_model, self.model.get_output_embeddings()
         if decoder is self.model or head is None:
             return None
-        ids = torch.arange(5, device=self.device)[None]
+        ids = self._few_ids()
         mine = head(decoder(input_ids=ids, use_cache=False)[0])
         wanted = self.model(input_ids=ids, use_cache=False).logits
         return decoder if mine.shape == wanted.shape and torch.allclose(mine, wanted, rtol=1e-4, atol=1e-4) else None
+
+    def _few_ids(self) -> Tensor:
+        return torch.arange(5, device=self.device)[None]
 
     def __call__(self, batch: FlatBatch) -> TokenLoss:
         """Loss of a batch; a batch without targets has loss 0."""

@@ -1,7 +1,7 @@
 """The mathematics of LoRA: layers, slots, routing. Plain torch.nn; knows no tokenizer, file or command line."""
 
 from lorafleet.lora.bank import LoraBank, SlotParameter
-from lorafleet.lora.functional import LoraSegment, lora_linear, lora_linear_reference
+from lorafleet.lora.functional import LinearTensors, LoraSegment, lora_linear_reference, lora_linears
 from lorafleet.lora.inject import inject_lora
 from lorafleet.lora.layer import LoraLinear
 from lorafleet.lora.routing import BASE_ONLY, Routing, Segment
@@ -9,6 +9,7 @@ from lorafleet.lora.targets import find_targets
 
 __all__ = [
     "BASE_ONLY",
+    "LinearTensors",
     "LoraBank",
     "LoraLinear",
     "LoraSegment",
@@ -17,6 +18,6 @@ __all__ = [
     "SlotParameter",
     "find_targets",
     "inject_lora",
-    "lora_linear",
     "lora_linear_reference",
+    "lora_linears",
 ]

@@ -1,6 +1,6 @@
 """All slots of one model: adapters enter, train or serve side by side, and leave."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, cast
 
@@ -13,6 +13,7 @@ from lorafleet.lora.init import STARTS, generator_for, path_key
 from lorafleet.lora.layer import LoraLinear
 from lorafleet.lora.routing import Router, Routing
 from lorafleet.lora.saved import SlotBias, SlotModule
+from lorafleet.lora.shared_input import share_inputs
 from lorafleet.lora.targets import find_saved, find_targets, pattern_value
 
 PREFIX = "base_model.model."
@@ -304,11 +305,17 @@ class LoraBank:
         """Turn the dropout of the adapters off."""
         self.train(False)
 
-    def pack(self) -> None:
-        """Lay the frozen weights out for faster products on a CPU; costs two more copies of them.
+    def speed_up(self, run: Callable[[], object]) -> None:
+        """Prepare for many steps: layers that read the same tensor compute together, frozen weights are packed.
 
-        Results change by rounding, so the bitwise promises hold before this call only.
+        Packing is for CPUs and costs two more copies of the weights. Results change by rounding, so the bitwise
+        promises hold before this call only.
+
+        Args:
+            run: Runs the model once on a few tokens, to see which layers read the same tensor.
         """
+        with torch.no_grad(), self.disabled():
+            share_inputs(list(self.layers.values()), run)
         for layer in self.layers.values():
             layer.pack()
 

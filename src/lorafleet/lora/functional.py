@@ -1,4 +1,4 @@
-"""The LoRA product as one autograd function over a flat batch of segments.
+"""The LoRA product as one autograd function over a flat batch of segments, for layers that read the same input.
 
 For the rows of a segment of slot k:  y = x·Wᵀ + b + s_k · (m∘x)·A_kᵀ·B_kᵀ + c_k
 with m a dropout mask already divided by 1-p, and c_k an optional trained change of the bias
@@ -36,16 +36,31 @@ def dropout_mask(seed: int, shape: tuple[int, int], p: float, like: Tensor) -> T
     return keep.bernoulli_(1 - p, generator=generator).div_(1 - p)
 
 
-def lora_linear_reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    lora_bias: Tensor | None,
-    segments: Sequence[LoraSegment],
-) -> Tensor:
-    """The same as :func:`lora_linear` in plain autograd: the definition that tests hold the fast one against."""
+class LinearTensors(NamedTuple):
+    """One layer of a joint product: its frozen weight, all slots' A and B, and what it does with each segment.
+
+    Args:
+        weight: Frozen base weight ``(out, in)``.
+        bias: Base bias ``(out,)``, or none.
+        lora_A: All slots' A ``(K, r_max, in)``; rows past a slot's rank are zero.
+        lora_B: All slots' B ``(K, out, r_max)``; columns past a slot's rank are zero.
+        lora_bias: All slots' trained change of the bias ``(K, out)``, or none.
+        segments: Disjoint and in order; rows that none covers get the base alone.
+        packed: The frozen weight in a faster layout, if it has one.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    lora_A: Tensor
+    lora_B: Tensor
+    lora_bias: Tensor | None
+    segments: Sequence[LoraSegment]
+    packed: PackedWeight | None = None
+
+
+def lora_linear_reference(x: Tensor, layer: LinearTensors) -> Tensor:
+    """One layer of :func:`lora_linears` in plain autograd: the definition that tests hold the fast one against."""
+    weight, bias, lora_A, lora_B, lora_bias, segments, _ = layer
     y = F.linear(x, weight, bias)
     parts, end = [], 0
     for slot, start, stop, rank, scaling, p, seed, trains_bias in segments:
@@ -60,6 +75,49 @@ def lora_linear_reference(
     return torch.cat([*parts, y[end:]])
 
 
+class _Piece(NamedTuple):
+    """Rows that one product serves: a segment, or all segments where they are equal and of consecutive slots."""
+
+    start: int
+    stop: int
+    entries: int
+    slots: int | slice
+    ranks: list[int]
+    scales: list[float | Tensor]
+    mask: Tensor | None
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """These rows of ``(tokens, features)``, one batch entry a slot where there are several: a view."""
+        rows = tensor[self.start : self.stop]
+        return rows if self.entries == 1 else rows.view(self.entries, -1, tensor.shape[1])
+
+    def joined_A(self, layers: Sequence[LinearTensors], like: Tensor) -> Tensor:
+        """The layers' A one below another, ``(r_1 + … + r_n, in)``."""
+        parts = [layer.lora_A[self.slots, :rank] for layer, rank in zip(layers, self.ranks, strict=True)]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)).to(like.dtype)
+
+    def scaled_B(self, layer: LinearTensors, number: int, like: Tensor) -> Tensor:
+        """``s·Bᵀ`` of one layer, ``(r, out)``. On ``(out, r)`` in memory the rank-wide products ran 4 times slower."""
+        B = layer.lora_B[self.slots, :, : self.ranks[number]]
+        return (B.mT * self.scales[number]).to(like.dtype).contiguous()
+
+
+def _pieces(layers: Sequence[LinearTensors], x: Tensor) -> list[_Piece]:
+    segments = layers[0].segments
+    if _even_run(segments, x.shape[0]):
+        scales: list[float | Tensor] = [
+            layer.lora_B.new_tensor([s.scaling for s in layer.segments])[:, None, None] for layer in layers
+        ]
+        slots = slice(segments[0].slot, segments[-1].slot + 1)
+        return [_Piece(0, x.shape[0], len(segments), slots, [t.lora_A.shape[1] for t in layers], scales, None)]
+    pieces = []
+    for number, (slot, start, stop, _, _, p, seed, _) in enumerate(segments):
+        own = [layer.segments[number] for layer in layers]
+        mask = dropout_mask(seed, (stop - start, x.shape[1]), p, x) if p else None
+        pieces.append(_Piece(start, stop, 1, slot, [s.rank for s in own], [s.scaling for s in own], mask))
+    return pieces
+
+
 def _even_run(segments: Sequence[LoraSegment], tokens: int) -> bool:
     """Whether the segments cover the batch in equal lengths over consecutive slots, so that one bmm serves all."""
     if len(segments) < 2:
@@ -71,162 +129,134 @@ def _even_run(segments: Sequence[LoraSegment], tokens: int) -> bool:
     )
 
 
-class _LoraLinear(torch.autograd.Function):
+def _add_product(into: Tensor, a: Tensor, b: Tensor) -> None:
+    """``into += a·b``, for matrices or batches of them."""
+    (into.addmm_ if into.ndim == 2 else into.baddbmm_)(a, b)
+
+
+class _LoraLinears(torch.autograd.Function):
+    """The products of layers that read the same input: its rows are read once for all of their A."""
+
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        lora_bias: Tensor | None,
-        segments: Sequence[LoraSegment],
-        packed: PackedWeight | None,
-    ) -> Tensor:
-        y = F.linear(x, weight, bias) if packed is None else packed.linear(x, bias)
-        ctx.even = _even_run(segments, x.shape[0])
-        ctx.segments, ctx.has_bias, ctx.packed = segments, lora_bias is not None, packed
-        low = (
-            _forward_even(x, y, lora_A, lora_B, segments)
-            if ctx.even
-            else _forward_ragged(x, y, lora_A, lora_B, segments)
+        rest: Sequence[tuple[Any, ...]],
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        layers = _together(tensors, rest)
+        outputs = tuple(
+            layer.packed.linear(x, layer.bias) if layer.packed else F.linear(x, layer.weight, layer.bias)
+            for layer in layers
         )
-        if lora_bias is not None:
-            for s in segments:
-                if s.trains_bias:
-                    y[s.start : s.stop] += lora_bias[s.slot].to(y.dtype)
-        ctx.save_for_backward(x, weight, lora_A, lora_B, *low)
-        return y
+        kept: list[Tensor] = []
+        for piece in _pieces(layers, x):
+            rows = piece.rows(x) if piece.mask is None else piece.rows(x) * piece.mask
+            A, Bs = piece.joined_A(layers, x), [piece.scaled_B(layer, i, x) for i, layer in enumerate(layers)]
+            h = rows @ A.mT
+            for y, part, B, rank in zip(outputs, h.split(piece.ranks, dim=-1), Bs, piece.ranks, strict=True):
+                if rank:
+                    _add_product(piece.rows(y), part, B)
+            kept += [h, A, *Bs]
+        for layer, y in zip(layers, outputs, strict=True):
+            _add_bias(y, layer)
+        ctx.rest = rest
+        ctx.save_for_backward(x, *tensors, *kept)
+        return outputs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, lora_A, lora_B, *low = ctx.saved_tensors
-        grad = grad.contiguous()
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad @ weight if ctx.packed is None else ctx.packed.input_gradient(grad)
-        grad_weight = grad.T @ x if ctx.needs_input_grad[1] else None
-        grad_base_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
-        back = _backward_even if ctx.even else _backward_ragged
-        grad_A, grad_B = back(x, grad, grad_x, lora_A, lora_B, low, ctx.segments)
-        grad_bias = None
-        if ctx.has_bias:
-            grad_bias = lora_B.new_zeros(lora_B.shape[:2])
-            for s in ctx.segments:
-                if s.trains_bias:
-                    grad_bias[s.slot] += grad[s.start : s.stop].sum(0)
-        return grad_x, grad_weight, grad_base_bias, grad_A, grad_B, grad_bias, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, *saved = ctx.saved_tensors
+        count = len(ctx.rest)
+        layers, kept = _together(saved, ctx.rest), iter(saved[5 * count :])
+        grads = tuple(grad.contiguous() for grad in grads)
+        grad_x = _base_input_gradient(layers, grads) if ctx.needs_input_grad[0] else None
+        found = [[torch.zeros_like(layer.lora_A), torch.zeros_like(layer.lora_B)] for layer in layers]
+        for piece in _pieces(layers, x):
+            _piece_gradients(piece, x, [next(kept) for _ in range(2 + count)], grads, found, grad_x)
+        result: list[Tensor | None] = []
+        for number, (layer, grad) in enumerate(zip(layers, grads, strict=True)):
+            needs_weight, needs_bias = ctx.needs_input_grad[2 + 5 * number : 4 + 5 * number]
+            result += [grad.T @ x if needs_weight else None, grad.sum(0) if needs_bias else None]
+            result += [*found[number], _bias_gradient(layer, grad)]
+        return grad_x, None, *result
 
 
-def _forward_ragged(
-    x: Tensor, y: Tensor, lora_A: Tensor, lora_B: Tensor, segments: Sequence[LoraSegment]
-) -> list[Tensor]:
-    """Add each segment's update to ``y`` in place; return the rank-wide activations ``(tokens, r)``."""
-    low = []
-    for slot, start, stop, rank, scaling, p, seed, _ in segments:
-        rows = x[start:stop]
-        if p and rank:
-            rows = rows * dropout_mask(seed, (stop - start, x.shape[1]), p, x)
-        h = rows @ lora_A[slot, :rank].to(x.dtype).T
-        y[start:stop].addmm_(h, lora_B[slot, :, :rank].to(x.dtype).T, alpha=scaling)
-        low.append(h)
-    return low
+def _together(tensors: Sequence[Any], rest: Sequence[tuple[Any, ...]]) -> list[LinearTensors]:
+    """Put layers together from what autograd has to see, five tensors each, and the rest."""
+    return [LinearTensors(*tensors[5 * i : 5 * i + 5], *one) for i, one in enumerate(rest)]
 
 
-def _backward_ragged(
-    x: Tensor,
-    grad: Tensor,
-    grad_x: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    low: Sequence[Tensor],
-    segments: Sequence[LoraSegment],
-) -> tuple[Tensor, Tensor]:
-    """Gradients of A and B; the update's share of ``grad_x`` is added in place."""
-    grad_A, grad_B = torch.zeros_like(lora_A), torch.zeros_like(lora_B)
-    for (slot, start, stop, rank, scaling, p, seed, _), h in zip(segments, low, strict=True):
-        if not rank:
-            continue
-        g, rows = grad[start:stop], x[start:stop]
-        mask = dropout_mask(seed, (stop - start, x.shape[1]), p, x) if p else None
-        # B transposed in memory: the rank-wide products ran up to four times slower on (out, r) than on (r, out).
-        g_low = (lora_B[slot, :, :rank].to(x.dtype).T.contiguous() @ g.T).mul_(scaling)  # (r, tokens)
-        grad_A[slot, :rank] += g_low @ (rows if mask is None else rows * mask)
-        grad_B[slot, :, :rank] += (h.T @ g).mul_(scaling).T
-        if grad_x is None:
-            continue
-        if mask is None:
-            grad_x[start:stop].addmm_(g_low.T, lora_A[slot, :rank].to(x.dtype))
+def _add_bias(y: Tensor, layer: LinearTensors) -> None:
+    if layer.lora_bias is not None:
+        for s in layer.segments:
+            if s.trains_bias:
+                y[s.start : s.stop] += layer.lora_bias[s.slot].to(y.dtype)
+
+
+def _base_input_gradient(layers: Sequence[LinearTensors], grads: Sequence[Tensor]) -> Tensor:
+    """``Σ grad_i·W_i``, each product added to the sum before it."""
+    total: Tensor | None = None
+    for layer, grad in zip(layers, grads, strict=True):
+        if layer.packed is not None:
+            total = layer.packed.input_gradient(grad, total)
         else:
-            grad_x[start:stop] += (g_low.T @ lora_A[slot, :rank].to(x.dtype)) * mask
-    return grad_A, grad_B
+            total = grad @ layer.weight if total is None else torch.addmm(total, grad, layer.weight)
+    assert total is not None
+    return total
 
 
-def _slots_of(segments: Sequence[LoraSegment]) -> slice:
-    return slice(segments[0].slot, segments[-1].slot + 1)
-
-
-def _scales(segments: Sequence[LoraSegment], like: Tensor) -> Tensor:
-    return torch.tensor([s.scaling for s in segments], dtype=like.dtype, device=like.device)[:, None, None]
-
-
-def _forward_even(
-    x: Tensor, y: Tensor, lora_A: Tensor, lora_B: Tensor, segments: Sequence[LoraSegment]
-) -> list[Tensor]:
-    """As :func:`_forward_ragged` with one batched product; smaller ranks are zero-padded and stay zero."""
-    slots = _slots_of(segments)
-    h = torch.bmm(x.view(len(segments), -1, x.shape[1]), lora_A[slots].to(x.dtype).mT)
-    y.view(len(segments), -1, y.shape[1]).baddbmm_(h * _scales(segments, x), lora_B[slots].to(x.dtype).mT)
-    return [h]
-
-
-def _backward_even(
+def _piece_gradients(
+    piece: _Piece,
     x: Tensor,
-    grad: Tensor,
+    kept: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    found: Sequence[Sequence[Tensor]],
     grad_x: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    low: Sequence[Tensor],
-    segments: Sequence[LoraSegment],
-) -> tuple[Tensor, Tensor]:
-    """As :func:`_backward_ragged` with batched products."""
-    slots, count, scales = _slots_of(segments), len(segments), _scales(segments, x)
-    grad_A, grad_B = torch.zeros_like(lora_A), torch.zeros_like(lora_B)
-    g, rows = grad.view(count, -1, grad.shape[1]), x.view(count, -1, x.shape[1])
-    g_low = torch.bmm(lora_B[slots].to(x.dtype).mT.contiguous(), g.mT).mul_(scales)  # (K, r, tokens)
-    grad_A[slots] = torch.bmm(g_low, rows).to(grad_A.dtype)
-    grad_B[slots] = torch.bmm(low[0].mT, g).mul_(scales).mT.to(grad_B.dtype)
-    if grad_x is not None:
-        grad_x.view(count, -1, x.shape[1]).baddbmm_(g_low.mT, lora_A[slots].to(x.dtype))
-    return grad_A, grad_B
+) -> None:
+    """Add a piece's share to the gradients of A and B (``found``) and of the input, in place."""
+    h, A, *Bs = kept
+    low_grads = []
+    for (_, grad_B), grad, B, part, rank, scale in zip(
+        found, grads, Bs, h.split(piece.ranks, dim=-1), piece.ranks, piece.scales, strict=True
+    ):
+        g = piece.rows(grad)
+        low_grads.append(B @ g.mT)  # (r, tokens)
+        grad_B[piece.slots, :, :rank] += ((part.mT @ g) * scale).mT
+    g_low = low_grads[0] if len(Bs) == 1 else torch.cat(low_grads, dim=-2)
+    rows = piece.rows(x) if piece.mask is None else piece.rows(x) * piece.mask
+    for (grad_A, _), part, rank in zip(found, (g_low @ rows).split(piece.ranks, dim=-2), piece.ranks, strict=True):
+        grad_A[piece.slots, :rank] += part
+    if grad_x is None:
+        return
+    if piece.mask is None:
+        _add_product(piece.rows(grad_x), g_low.mT, A)
+    else:
+        piece.rows(grad_x).add_((g_low.mT @ A) * piece.mask)
 
 
-def lora_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    lora_bias: Tensor | None,
-    segments: Sequence[LoraSegment],
-    packed: PackedWeight | None = None,
-) -> Tensor:
-    """Base product and every segment's LoRA update, with a hand-written backward pass.
+def _bias_gradient(layer: LinearTensors, grad: Tensor) -> Tensor | None:
+    if layer.lora_bias is None:
+        return None
+    total = torch.zeros_like(layer.lora_bias)
+    for s in layer.segments:
+        if s.trains_bias:
+            total[s.slot] += grad[s.start : s.stop].sum(0)
+    return total
+
+
+def lora_linears(x: Tensor, layers: Sequence[LinearTensors]) -> tuple[Tensor, ...]:
+    """Base products and every segment's LoRA updates of layers that read the same input, with a hand-written backward.
 
     Args:
         x: Input ``(tokens, in)``.
-        weight: Frozen base weight ``(out, in)``.
-        bias: Base bias ``(out,)``, or none.
-        lora_A: All slots' A ``(K, r_max, in)``; rows past a slot's rank are zero.
-        lora_B: All slots' B ``(K, out, r_max)``; columns past a slot's rank are zero.
-        lora_bias: All slots' trained change of the bias ``(K, out)``, or none.
-        segments: Disjoint and in order; rows that none covers get the base alone.
-        packed: The frozen weight in a faster layout, if it has one.
+        layers: Their segments have the same slots and rows in the same order; ranks and scales may differ. Dropout is
+            for a layer by itself, as each layer has a mask of its own.
 
     Returns:
-        ``(tokens, out)``. Only ``x`` and the rank-wide activations are kept for the backward pass.
+        Each layer's ``(tokens, out)``. Only ``x`` and rank-wide tensors are kept for the backward pass.
     """
-    result: Tensor = _LoraLinear.apply(x, weight, bias, lora_A, lora_B, lora_bias, segments, packed)  # type: ignore[no-untyped-call]
-    return result
+    rest = [(layer.segments, layer.packed) for layer in layers]
+    outputs: tuple[Tensor, ...] = _LoraLinears.apply(x, rest, *(tensor for layer in layers for tensor in layer[:5]))  # type: ignore[no-untyped-call]
+    return outputs

@@ -1,5 +1,6 @@
 """The LoRA layer: one frozen linear map and the A and B of every slot."""
 
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lorafleet.errors import AdapterError, ModelError
-from lorafleet.lora.functional import LoraSegment, lora_linear
+from lorafleet.lora.functional import LinearTensors, LoraSegment, lora_linears
 from lorafleet.lora.packed import PackedWeight, pack
 from lorafleet.lora.routing import Router, Segment
 
@@ -70,6 +71,7 @@ class LoraLinear(nn.Module):
         self.lora_B = nn.Parameter(weight.new_zeros((num_slots, self.out_features, r), dtype=dtype))
         self.lora_bias: nn.Parameter | None = None
         self.packed: PackedWeight | None = None
+        self.shared_input: Callable[[LoraLinear, Tensor], Tensor] | None = None
         self.unmerged: tuple[Tensor, Tensor | None] | None = None
 
     @property
@@ -163,28 +165,23 @@ class LoraLinear(nn.Module):
         Raises:
             RoutingError: The routing does not cover the batch.
         """
-        router = self.router
-        if router.merged_slot is not None:
+        if self.router.merged_slot is not None:
             return cast(Tensor, self.base_layer(x))
-        tokens = x.numel() // self.in_features
-        laid = router.segments(tokens) if router.enabled else ()
-        segments = [self._segment(s) for s in laid if s.slot >= 0 and self.active(s.slot)]
-        packed = self.packed if x.dtype == torch.float32 else None
-        if not segments and packed is None:
-            return cast(Tensor, self.base_layer(x))
-        weight, bias = self.weight, self.bias
-        if isinstance(self.base_layer, Conv1D):
-            weight = weight.T
-        if torch.is_autocast_enabled(x.device.type):
-            lower = torch.get_autocast_dtype(x.device.type)
-            x, weight, bias, packed = x.to(lower), weight.to(lower), None if bias is None else bias.to(lower), None
-        flat = x.reshape(tokens, self.in_features)
-        y = lora_linear(flat, weight, bias, self.lora_A, self.lora_B, self.lora_bias, segments, packed)
-        return y.view(*x.shape[:-1], self.out_features)
+        return self.shared_input(self, x) if self.shared_input else outputs([self], x)[0]
 
     def active(self, slot: int) -> bool:
         """Whether the slot's adapter changes this layer's output."""
         return self.ranks[slot] > 0 or self.trains_bias[slot]
+
+    def tensors(self, segments: Sequence[Segment], lower: torch.dtype | None) -> LinearTensors:
+        """What a product of this layer takes, the base's part in ``lower`` precision under autocast."""
+        weight, bias, packed = self.weight, self.bias, self.packed
+        if isinstance(self.base_layer, Conv1D):
+            weight = weight.T
+        if lower is not None:
+            weight, bias, packed = weight.to(lower), None if bias is None else bias.to(lower), None
+        own = [self._segment(s) for s in segments]
+        return LinearTensors(weight, bias, self.lora_A, self.lora_B, self.lora_bias, own, packed)
 
     def _segment(self, segment: Segment) -> LoraSegment:
         slot, start, stop, key = segment
@@ -198,3 +195,18 @@ class LoraLinear(nn.Module):
     def extra_repr(self) -> str:
         """Show shapes and ranks in a printed model."""
         return f"in={self.in_features}, out={self.out_features}, ranks={self.ranks}"
+
+
+def outputs(layers: Sequence[LoraLinear], x: Tensor) -> list[Tensor]:
+    """What layers that read the same ``x (..., in)`` answer, each ``(..., out)``."""
+    router, features = layers[0].router, layers[0].in_features
+    tokens = x.numel() // features
+    laid = router.segments(tokens) if router.enabled else ()
+    segments = [s for s in laid if s.slot >= 0 and any(layer.active(s.slot) for layer in layers)]
+    if not segments and any(layer.packed is None for layer in layers):
+        return [layer.base_layer(x) for layer in layers]
+    device = x.device.type
+    lower = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    flat = x.reshape(tokens, features) if lower is None else x.reshape(tokens, features).to(lower)
+    found = lora_linears(flat, [layer.tensors(segments, lower) for layer in layers])
+    return [y.view(*x.shape[:-1], y.shape[-1]) for y in found]

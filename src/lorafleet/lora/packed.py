@@ -23,9 +23,12 @@ class PackedWeight:
         """``x·Wᵀ + b`` for ``x (rows, in)``."""
         return _product(x, self._forward, bias)
 
-    def input_gradient(self, grad: Tensor) -> Tensor:
-        """``grad·W`` for ``grad (rows, out)``."""
-        return _product(grad, self._backward, None)
+    def input_gradient(self, grad: Tensor, onto: Tensor | None = None) -> Tensor:
+        """``grad·W`` for ``grad (rows, out)``, added to ``onto`` if that is given."""
+        if onto is None:
+            return _product(grad, self._backward, None)
+        out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(grad, onto, self._backward, None, "add")
+        return out
 
 
 def _product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
@@ -52,7 +55,7 @@ def _works() -> bool:
             packed = PackedWeight(weight)
             right = torch.allclose(packed.linear(x, None), x @ weight.T, rtol=1e-5)
             _checked.append(
-                right and torch.allclose(packed.input_gradient(x @ weight.T), x @ weight.T @ weight, rtol=1e-5)
+                right and torch.allclose(packed.input_gradient(x @ weight.T, x), x @ weight.T @ weight + x, rtol=1e-5)
             )
         except (RuntimeError, NotImplementedError, AttributeError, TypeError):
             _checked.append(False)

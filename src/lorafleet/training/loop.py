@@ -122,10 +122,11 @@ class Population:
         return member.progress.step % period == 0 or member.progress.step == member.total_steps
 
     def _evaluate(self, due: Sequence[Member]) -> None:
+        due = [member for member in due if member.eval_rows]
+        if not due:
+            return
         self.bank.eval()
         for member in due:
-            if not member.eval_rows:
-                continue
             size = self.run.per_device_eval_batch_size
             ((eval_loss, _),) = mean_losses(self.loss_model, member.eval_rows, [member.slot], size)
             best = member.note_evaluation(eval_loss)

@@ -143,7 +143,7 @@ def _run(
         tell(Saved(member.progress.step, str(state.save())))
 
     loss_model = LossModel(base.model, bank, base.tokenizer.pad_token_id)
-    loss_model.pack()
+    loss_model.speed_up()
     with listen() as stop:
         population = Population([member], loss_model, bank, run, observers=observers, save=save, stop_requested=stop)
         try:

@@ -1,0 +1,57 @@
+"""Layers that read the same tensor: q, k and v of an attention block, gate and up of a gated MLP.
+
+A model calls them one after the other. Computed together when the first is called, the rank-wide products read the
+input once, and the base's gradients of the input are summed inside the products.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from weakref import ReferenceType, ref
+
+import torch
+from torch import Tensor
+
+from lorafleet.lora.layer import LoraLinear, outputs
+
+
+class SharedInput:
+    """Answers for layers that read the same tensor; what the later ones will ask for waits until they do."""
+
+    def __init__(self, layers: Sequence[LoraLinear]) -> None:
+        self.layers = list(layers)
+        self._input: ReferenceType[Tensor] | None = None
+        self._state: tuple[object, ...] = ()
+        self._waiting: dict[int, Tensor] = {}
+
+    def __call__(self, layer: LoraLinear, x: Tensor) -> Tensor:
+        """``layer``'s output for ``x (..., in)``; dropout has a mask for each layer, so those compute alone."""
+        if any(one.training and any(one.dropouts) for one in self.layers):
+            return outputs([layer], x)[0]
+        router = layer.router
+        version = None if x.is_inference() else x._version
+        state = (version, router.routing, router.enabled, torch.is_grad_enabled())
+        known = self._input is not None and self._input() is x and self._state == state
+        if not known or id(layer) not in self._waiting:
+            self._waiting = dict(zip(map(id, self.layers), outputs(self.layers, x), strict=True))
+            self._input, self._state = ref(x), state
+        return self._waiting.pop(id(layer))
+
+
+def share_inputs(layers: Sequence[LoraLinear], run: Callable[[], object]) -> None:
+    """Find the layers that read the same tensor by running the model once, and let them compute together."""
+    calls: list[tuple[LoraLinear, Tensor]] = []
+    hooks = [
+        layer.register_forward_pre_hook(lambda layer, inputs: calls.append((layer, inputs[0]))) for layer in layers
+    ]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for _, group in groupby(calls, key=lambda call: id(call[1])):
+        together = [layer for layer, _ in group]
+        once = all(sum(layer is called for called, _ in calls) == 1 for layer in together)
+        if len(together) > 1 and once:
+            shared = SharedInput(together)
+            for layer in together:
+                layer.shared_input = shared
