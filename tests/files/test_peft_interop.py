@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lorafleet.config import LoraConfig
+from lorafleet.errors import ConfigError
 from lorafleet.files.adapter import load_adapter, save_adapter
-from lorafleet.lora import LoraBank, Routing, inject_lora
+from lorafleet.lora import LoraBank, Routing, inject_lora, without_absent
 from tests.tiny import ARCHITECTURES, tiny_model
 
 IDS = torch.tensor([[5, 9, 200, 33, 71, 400, 3, 18]])
@@ -138,6 +139,23 @@ def test_pefts_here(arch: str, shape: str, tmp_path: Path) -> None:
     bank.load_state_dict(0, adapter.tensors)
     assert_close(bank_logits(bank), logits(model))
     assert adapter.metadata == {}
+
+
+def test_names_that_match_nothing_are_left_aside_as_peft_does(tmp_path: Path) -> None:
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "c_attn"], r=4)
+    model = peft.get_peft_model(tiny_model("llama"), config)
+    state = randomize(peft.get_peft_model_state_dict(model, save_embedding_layers=False))
+    peft.set_peft_model_state_dict(model, state)
+    model.eval().save_pretrained(tmp_path, save_embedding_layers=False)
+
+    adapter, base = load_adapter(tmp_path), tiny_model("llama")
+    bank = inject_lora(base, without_absent(base, adapter.config))
+    bank.load_state_dict(0, adapter.tensors)
+    assert_close(bank_logits(bank), logits(model))
+    assert {path.rpartition(".")[2] for path in bank.layers} == {"q_proj"}
+    gpt_neox = tiny_model("gpt_neox")
+    with pytest.raises(ConfigError, match="'q_proj' matches no linear layer"):
+        inject_lora(gpt_neox, without_absent(gpt_neox, adapter.config))
 
 
 def test_peft_config_holds_only_what_every_release_knows(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from lorafleet.export.verification import Expected, Verdict, logits_of, probe_id
 from lorafleet.files.adapter import Adapter, load_adapter
 from lorafleet.files.atomic import sync_folder, write_json
 from lorafleet.generation.adapted import base_of, load_adapted
-from lorafleet.lora import inject_lora
+from lorafleet.lora import inject_lora, without_absent
 from lorafleet.models.gguf import quiet_transformers
 from lorafleet.models.load import Base, load_base, load_meta_model, read_config
 from lorafleet.models.machine import available_memory_bytes
@@ -158,7 +158,7 @@ def plan_merge(model: ModelConfig, adapter_config: AdapterConfig, merging: Merge
         parameters = sum(p.numel() for p in meta.parameters()) + sum(
             t.numel() for name, t in adapter.tensors.items() if ".lora_" not in name
         )
-        inject_lora(meta, adapter.config).load_state_dict(0, adapter.tensors)
+        inject_lora(meta, without_absent(meta, adapter.config)).load_state_dict(0, adapter.tensors)
     except LorafleetError as error:
         faults.append(f"the adapter in {folder} does not fit {source.name}: {error}")
     needed = parameters * dtype.itemsize

@@ -11,7 +11,7 @@ from lorafleet.config.model import ModelConfig
 from lorafleet.config.use import AdapterConfig
 from lorafleet.errors import AdapterError, ConfigError, ModelError, raise_all
 from lorafleet.files.adapter import Adapter, load_adapter
-from lorafleet.lora import BASE_ONLY, LoraBank, inject_lora
+from lorafleet.lora import BASE_ONLY, LoraBank, inject_lora, without_absent
 from lorafleet.models.load import Base, load_base
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ def load_adapted(model: ModelConfig, config: AdapterConfig, chat_template: str |
     base = _load_its_base(base_of(model, adapter, folder), named=model.model_name_or_path is not None, folder=folder)
     if config.check_base:
         raise_all(AdapterError, mismatches(adapter, base), f"the adapter in {folder} was not trained on this base")
-    bank = inject_lora(base.model, adapter.config)
+    bank = inject_lora(base.model, without_absent(base.model, adapter.config))
     bank.load_state_dict(0, adapter.tensors)
     return Adapted(_with_template(base, chat_template, folder), bank, adapter)
 

@@ -5,7 +5,7 @@ from lorafleet.lora.functional import LinearTensors, LoraSegment, lora_linear_re
 from lorafleet.lora.inject import inject_lora
 from lorafleet.lora.layer import LoraLinear
 from lorafleet.lora.routing import BASE_ONLY, Routing, Segment
-from lorafleet.lora.targets import find_targets
+from lorafleet.lora.targets import find_targets, without_absent
 
 __all__ = [
     "BASE_ONLY",
@@ -20,4 +20,5 @@ __all__ = [
     "inject_lora",
     "lora_linear_reference",
     "lora_linears",
+    "without_absent",
 ]

@@ -128,6 +128,17 @@ def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
     return {path: module for path, module in candidates.items() if path in chosen}
 
 
+def without_absent(model: nn.Module, config: LoraConfig) -> LoraConfig:
+    """``config`` without the target names that match no layer of ``model``, as PEFT reads an adapter's config.
+
+    A name that a user gives has to match, or it is a slip; a file's may have been written for a family of models. If
+    no name matches at all, they stay, for :func:`find_targets` to refuse.
+    """
+    candidates, head = linear_layers(model), output_head(model)
+    targets = [name for name in _wanted(config) if _select(name, candidates, head)]
+    return config.model_copy(update={"target_modules": targets}) if targets else config
+
+
 def in_saved(name: str, path: str) -> bool:
     """Whether ``path`` is, or stands inside, a module that ``modules_to_save`` names."""
     return re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", path) is not None
