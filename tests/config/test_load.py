@@ -79,6 +79,22 @@ def test_a_switch_of_other_tools_stands_for_a_value(name: str, value: bool, expe
     assert data.loss_on == expected
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"completion_only_loss": True, "assistant_only_loss": False}, "completion"),
+        ({"completion_only_loss": False, "assistant_only_loss": True}, "assistant"),
+        ({"completion_only_loss": False, "assistant_only_loss": False}, "all"),
+        ({"completion_only_loss": None, "assistant_only_loss": True}, "assistant"),
+        ({"assistant_only_loss": False, "loss_on": "completion"}, "completion"),
+        ({"completion_only_loss": None}, "assistant"),
+    ],
+)
+def test_a_switch_that_is_off_says_least(given: dict[str, Any], expected: str) -> None:
+    (config,) = load_sections((DataConfig,), {"data": "x", **given}, {})
+    assert config.loss_on == expected
+
+
 def test_a_switch_that_is_no_switch_is_a_fault() -> None:
     with pytest.raises(ConfigError, match="completion_only_loss = 'yes': should be true or false"):
         load_sections((DataConfig,), {"data": "x", "completion_only_loss": "yes"}, {})

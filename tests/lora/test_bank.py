@@ -201,12 +201,15 @@ def test_targets_by_shorthand_name_and_regex(targets: str, found: set[str]) -> N
     assert {path.rsplit(".", 1)[-1] for path in bank.layers} == found
 
 
-def test_checkpoint_recomputation_uses_the_routing_of_the_forward() -> None:
+@pytest.mark.parametrize("fast", [False, True])
+def test_checkpoint_recomputation_uses_the_routing_of_the_forward(fast: bool) -> None:
     def run(checkpointed: bool) -> list[Tensor]:
         model = tiny_model("llama", torch.float64)
         bank = inject_lora(model, CONFIGS[:2])
         for slot in range(2):
             fill(bank, slot)
+        if fast:
+            bank.speed_up(lambda: model(input_ids=IDS))
         if checkpointed:
             model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": bank.checkpoint_contexts})
             model.train()

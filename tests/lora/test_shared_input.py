@@ -90,3 +90,26 @@ def test_what_waits_is_for_the_same_input_and_routing_only() -> None:
         torch.testing.assert_close(k(x), 2 * expected[0])
     q(x)
     assert k(x.clone()).requires_grad
+
+
+def test_a_model_converted_afterwards_answers_in_its_new_precision() -> None:
+    def run(fast: bool) -> Tensor:
+        model, bank = prepared("llama", fast, torch.float32)
+        with bank.route(Routing((0, 1), (12, 12))), torch.no_grad():
+            return model.double()(input_ids=IDS).logits  # type: ignore[no-any-return]
+
+    torch.testing.assert_close(run(True), run(False), rtol=1e-12, atol=1e-12)
+
+
+def test_inference_mode_and_autocast_see_what_changed_between_two_layers() -> None:
+    _, bank = prepared("llama", True, torch.float32)
+    q, k = (bank.layers[f"model.layers.0.self_attn.{name}_proj"] for name in "qk")
+    with torch.inference_mode():
+        x = torch.randn(4, q.in_features)
+        q(x)
+        x.mul_(2)
+        torch.testing.assert_close(k(x), k(x.clone()))
+    x = torch.randn(4, q.in_features)
+    q(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert k(x).dtype == torch.bfloat16

@@ -128,8 +128,11 @@ def _resolve(
 ) -> dict[str, Given]:
     """Translate given names to keys, and switches to values; note unknown names and knobs given twice."""
     given: dict[str, Given] = {}
-    for entry in entries:
-        name = entry.name.replace("-", "_") if isinstance(entry.name, str) else entry.name
+    named = [(entry.name.replace("-", "_") if isinstance(entry.name, str) else entry.name, entry) for entry in entries]
+    # A switch that is off says something only where nothing else is said about its knob, so those come last.
+    for name, entry in sorted(named, key=lambda pair: pair[0] in meanings and pair[1].value is False):
+        if name in meanings and (entry.value is None or (entry.value is False and keys[name] in given)):
+            continue
         if name not in keys:
             faults.append(f"unknown key {entry.name!r}{entry.place}{_hint(name, entry.value, keys)}")
         elif (key := keys[name]) in given:

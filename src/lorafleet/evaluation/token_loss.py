@@ -72,7 +72,7 @@ def _softmax_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         top, of_target = z.amax(dim=1, keepdim=True), z.gather(1, target[:, None])
         total = z.sub_(top).exp_().sum(dim=1, keepdim=True)
         z.div_(total)
-        losses.append((total.log() + top - of_target)[:, 0])
+        losses.append((total.log() + (top - of_target))[:, 0])
     return torch.cat(losses), logits
 
 

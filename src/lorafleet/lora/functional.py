@@ -152,12 +152,11 @@ class _LoraLinears(torch.autograd.Function):
         kept: list[Tensor] = []
         for piece in _pieces(layers, x):
             rows = piece.rows(x) if piece.mask is None else piece.rows(x) * piece.mask
-            A, Bs = piece.joined_A(layers, x), [piece.scaled_B(layer, i, x) for i, layer in enumerate(layers)]
-            h = rows @ A.mT
-            for y, part, B, rank in zip(outputs, h.split(piece.ranks, dim=-1), Bs, piece.ranks, strict=True):
-                if rank:
-                    _add_product(piece.rows(y), part, B)
-            kept += [h, A, *Bs]
+            h = rows @ piece.joined_A(layers, x).mT
+            for number, (y, part) in enumerate(zip(outputs, h.split(piece.ranks, dim=-1), strict=True)):
+                if piece.ranks[number]:
+                    _add_product(piece.rows(y), part, piece.scaled_B(layers[number], number, x))
+            kept.append(h)
         for layer, y in zip(layers, outputs, strict=True):
             _add_bias(y, layer)
         ctx.rest = rest
@@ -169,17 +168,18 @@ class _LoraLinears(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, *saved = ctx.saved_tensors
         count = len(ctx.rest)
-        layers, kept = _together(saved, ctx.rest), iter(saved[5 * count :])
+        layers, kept = _together(saved, ctx.rest), saved[5 * count :]
         grads = tuple(grad.contiguous() for grad in grads)
         grad_x = _base_input_gradient(layers, grads) if ctx.needs_input_grad[0] else None
-        found = [[torch.zeros_like(layer.lora_A), torch.zeros_like(layer.lora_B)] for layer in layers]
-        for piece in _pieces(layers, x):
-            _piece_gradients(piece, x, [next(kept) for _ in range(2 + count)], grads, found, grad_x)
+        found = [(torch.zeros_like(layer.lora_A), torch.zeros_like(layer.lora_B)) for layer in layers]
+        for piece, h in zip(_pieces(layers, x), kept, strict=True):
+            _piece_gradients(piece, x, h, layers, grads, found, grad_x)
         result: list[Tensor | None] = []
         for number, (layer, grad) in enumerate(zip(layers, grads, strict=True)):
             needs_weight, needs_bias = ctx.needs_input_grad[2 + 5 * number : 4 + 5 * number]
             result += [grad.T @ x if needs_weight else None, grad.sum(0) if needs_bias else None]
-            result += [*found[number], _bias_gradient(layer, grad)]
+            low = found[number] if layer.segments else (None, None)
+            result += [*low, _bias_gradient(layer, grad)]
         return grad_x, None, *result
 
 
@@ -210,30 +210,28 @@ def _base_input_gradient(layers: Sequence[LinearTensors], grads: Sequence[Tensor
 def _piece_gradients(
     piece: _Piece,
     x: Tensor,
-    kept: Sequence[Tensor],
+    h: Tensor,
+    layers: Sequence[LinearTensors],
     grads: Sequence[Tensor],
-    found: Sequence[Sequence[Tensor]],
+    found: Sequence[tuple[Tensor, Tensor]],
     grad_x: Tensor | None,
 ) -> None:
     """Add a piece's share to the gradients of A and B (``found``) and of the input, in place."""
-    h, A, *Bs = kept
     low_grads = []
-    for (_, grad_B), grad, B, part, rank, scale in zip(
-        found, grads, Bs, h.split(piece.ranks, dim=-1), piece.ranks, piece.scales, strict=True
-    ):
-        g = piece.rows(grad)
-        low_grads.append(B @ g.mT)  # (r, tokens)
-        grad_B[piece.slots, :, :rank] += ((part.mT @ g) * scale).mT
-    g_low = low_grads[0] if len(Bs) == 1 else torch.cat(low_grads, dim=-2)
+    for number, (layer, grad, part) in enumerate(zip(layers, grads, h.split(piece.ranks, dim=-1), strict=True)):
+        g, grad_B = piece.rows(grad), found[number][1]
+        low_grads.append(piece.scaled_B(layer, number, x) @ g.mT)  # (r, tokens)
+        grad_B[piece.slots, :, : piece.ranks[number]] += ((part.mT @ g) * piece.scales[number]).mT
+    g_low = low_grads[0] if len(layers) == 1 else torch.cat(low_grads, dim=-2)
     rows = piece.rows(x) if piece.mask is None else piece.rows(x) * piece.mask
     for (grad_A, _), part, rank in zip(found, (g_low @ rows).split(piece.ranks, dim=-2), piece.ranks, strict=True):
         grad_A[piece.slots, :rank] += part
     if grad_x is None:
         return
     if piece.mask is None:
-        _add_product(piece.rows(grad_x), g_low.mT, A)
+        _add_product(piece.rows(grad_x), g_low.mT, piece.joined_A(layers, x))
     else:
-        piece.rows(grad_x).add_((g_low.mT @ A) * piece.mask)
+        piece.rows(grad_x).add_((g_low.mT @ piece.joined_A(layers, x)) * piece.mask)
 
 
 def _bias_gradient(layer: LinearTensors, grad: Tensor) -> Tensor | None:
@@ -257,6 +255,7 @@ def lora_linears(x: Tensor, layers: Sequence[LinearTensors]) -> tuple[Tensor, ..
     Returns:
         Each layer's ``(tokens, out)``. Only ``x`` and rank-wide tensors are kept for the backward pass.
     """
+    assert len(layers) == 1 or not any(s.dropout for layer in layers for s in layer.segments)
     rest = [(layer.segments, layer.packed) for layer in layers]
     outputs: tuple[Tensor, ...] = _LoraLinears.apply(x, rest, *(tensor for layer in layers for tensor in layer[:5]))  # type: ignore[no-untyped-call]
     return outputs

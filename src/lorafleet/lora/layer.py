@@ -175,7 +175,9 @@ class LoraLinear(nn.Module):
 
     def tensors(self, segments: Sequence[Segment], lower: torch.dtype | None) -> LinearTensors:
         """What a product of this layer takes, the base's part in ``lower`` precision under autocast."""
-        weight, bias, packed = self.weight, self.bias, self.packed
+        weight, bias = self.weight, self.bias
+        # A model that was moved or converted after packing answers in its new precision and place.
+        packed = self.packed if weight.dtype == torch.float32 and weight.device.type == "cpu" else None
         if isinstance(self.base_layer, Conv1D):
             weight = weight.T
         if lower is not None:

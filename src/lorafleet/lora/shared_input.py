@@ -15,7 +15,10 @@ from lorafleet.lora.layer import LoraLinear, outputs
 
 
 class SharedInput:
-    """Answers for layers that read the same tensor; what the later ones will ask for waits until they do."""
+    """Answers for layers that read the same tensor; what the later ones will ask for waits until they do.
+
+    Between the first layer's call and the last one's, nobody may change weights: that would not be seen.
+    """
 
     def __init__(self, layers: Sequence[LoraLinear]) -> None:
         self.layers = list(layers)
@@ -24,12 +27,13 @@ class SharedInput:
         self._waiting: dict[int, Tensor] = {}
 
     def __call__(self, layer: LoraLinear, x: Tensor) -> Tensor:
-        """``layer``'s output for ``x (..., in)``; dropout has a mask for each layer, so those compute alone."""
-        if any(one.training and any(one.dropouts) for one in self.layers):
+        """``layer``'s output for ``x (..., in)``; those with dropout have masks of their own and compute alone."""
+        # Tensors of inference mode do not say when they were changed.
+        if x.is_inference() or any(one.training and any(one.dropouts) for one in self.layers):
             return outputs([layer], x)[0]
-        router = layer.router
-        version = None if x.is_inference() else x._version
-        state = (version, router.routing, router.enabled, torch.is_grad_enabled())
+        router, device = layer.router, x.device.type
+        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        state = (x._version, router.routing, router.enabled, torch.is_grad_enabled(), autocast)
         known = self._input is not None and self._input() is x and self._state == state
         if not known or id(layer) not in self._waiting:
             self._waiting = dict(zip(map(id, self.layers), outputs(self.layers, x), strict=True))

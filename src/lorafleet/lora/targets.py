@@ -129,7 +129,7 @@ def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
 
 
 def without_absent(model: nn.Module, config: LoraConfig) -> LoraConfig:
-    """``config`` without the target names that match no layer of ``model``, as PEFT reads an adapter's config.
+    """``config`` without those of its ``target_modules`` that match no layer of ``model``, as PEFT reads it.
 
     A name that a user gives has to match, or it is a slip; a file's may have been written for a family of models. If
     no name matches at all, they stay, for :func:`find_targets` to refuse.
