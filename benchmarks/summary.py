@@ -153,11 +153,13 @@ class BareSummary:
 
     Args:
         tokens_per_second: Real tokens, median step of each round.
+        ratio: lorafleet's rate over this one: of each pair of steps on the same batch, the median of each round.
         share: Time that its products need at the best kernel, LoRA's not among them, over the time taken.
         share_with_attention: The same, with attention's products counted as needed too.
     """
 
     tokens_per_second: Spread
+    ratio: Spread
     share: Spread
     share_with_attention: Spread
 
@@ -169,11 +171,15 @@ def summarize_bare(rounds: list[dict[str, Run]], skipped: int) -> BareSummary:
         median(t / s for t, s in zip(result.tokens[skipped:], result.bare_seconds[skipped:], strict=True))
         for result in results
     ]
+    ratios = [
+        median(bare / s for bare, s in zip(result.bare_seconds[skipped:], result.seconds[skipped:], strict=True))
+        for result in results
+    ]
     shares = [
         spread([rate / needed_rate(result.products, groups) for rate, result in zip(rates, results, strict=True)])
         for groups in (NEEDED_BARE, (*NEEDED_BARE, "attention"))
     ]
-    return BareSummary(spread(rates), *shares)
+    return BareSummary(spread(rates), spread(ratios), *shares)
 
 
 def warnings(rounds: list[dict[str, Run]], steps: int) -> list[str]:
@@ -215,7 +221,7 @@ def render(summaries: dict[str, PeerSummary], bare: BareSummary, rounds: int) ->
             _shares(one),
         )
     table.add_section()
-    table.add_row(BARE, bare.tokens_per_second.text(0), "", "", "", "", _shares(bare))
+    table.add_row(BARE, bare.tokens_per_second.text(0), bare.ratio.text(2), "", "", "", _shares(bare))
     table.caption = (
         "real tokens/s: padding not counted, median step; whole: all timed steps together. share: time that the "
         "matrix products need at the best kernel, over the time taken; after the slash with attention's products."

@@ -165,7 +165,7 @@ def benchmark(data: Path, model: str, folder: Path, output: Path, **numbers: int
     report["warnings"] = warnings(rounds, plan.steps)
     report["finished"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     console.print(render(summaries, bare, len(rounds)))
-    _print_throughput(console, rounds, report["warnings"])
+    _print_notes(console, rounds, report["warnings"])
     output.parent.mkdir(parents=True, exist_ok=True)
     write_json(output, report)
     return output
@@ -278,7 +278,7 @@ def _print_parity(console: Console, parity: Parity) -> None:
         console.print(f"parity: {steps} steps on identical batches, loss within {value:.1e} relative of {peer}")
 
 
-def _print_throughput(console: Console, rounds: list[dict[str, Run]], cautions: list[str]) -> None:
+def _print_notes(console: Console, rounds: list[dict[str, Run]], cautions: list[str]) -> None:
     for peer in PEERS:
         console.print(f"{peer}: {rounds[0][peer].result.settings}")
     for caution in cautions:

@@ -18,7 +18,9 @@ def run(rate: float, memory: int = 1 << 30, load: float = 0.0) -> Run:
         rate / 2,
         memory,
         load,
-        Result(products=PRODUCTS, settings="as it comes", tokens=[9, 100], bare_seconds=[1.0, 0.25]),
+        Result(
+            products=PRODUCTS, settings="as it comes", seconds=[9.0, 0.5], tokens=[9, 100], bare_seconds=[1.0, 0.25]
+        ),
     )
 
 
@@ -72,5 +74,6 @@ def test_the_table_shows_every_peer() -> None:
 def test_the_bare_base_needs_no_products_of_lora() -> None:
     bare = summarize_bare([{OURS: run(200)}], skipped=1)
     assert bare.tokens_per_second.median == 400
+    assert bare.ratio.median == 0.5  # a step of half a second after one of a quarter, on the same batch
     assert bare.share.median == pytest.approx(400 / 250)  # 100 tokens in 0.4 s of forward, gradient and head
     assert bare.share_with_attention.median == pytest.approx(400 * 0.9 / 100)
