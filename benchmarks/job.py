@@ -69,7 +69,7 @@ class Result:
         settings: What was chosen for this peer, in words.
         versions: Of the packages that do the work.
         products: Seconds that matrix products alone need, see ``matmul_peak``.
-        bare_seconds: Of the bare base on each step's batch, right after the step: forward and backward, no optimizer.
+        bare_seconds: Of the bare base on each step's batch, after the last step: forward and backward, no optimizer.
     """
 
     losses: list[float] = field(default_factory=list)

@@ -11,6 +11,7 @@ from lorafleet.config.lora import LoraConfig
 from lorafleet.errors import AdapterError, RoutingError, did_you_mean, raise_all
 from lorafleet.lora.init import STARTS, generator_for, path_key
 from lorafleet.lora.layer import LoraLinear
+from lorafleet.lora.packed import mapped_files, page_out
 from lorafleet.lora.routing import Router, Routing
 from lorafleet.lora.saved import SlotBias, SlotModule
 from lorafleet.lora.shared_input import share_inputs
@@ -308,16 +309,20 @@ class LoraBank:
     def speed_up(self, run: Callable[[], object]) -> None:
         """Prepare for many steps: layers that read the same tensor compute together, frozen weights are packed.
 
-        Packing is for CPUs and costs two more copies of the weights. Results change by rounding, so the bitwise
-        promises hold before this call only.
+        Packing is for CPUs and costs two more copies of the weights; originals that are mapped from a file leave
+        memory until they are read again. Results change by rounding, so the bitwise promises hold before this call
+        only.
 
         Args:
             run: Runs the model once on a few tokens, to see which layers read the same tensor.
         """
         with torch.no_grad(), self.disabled():
             share_inputs(list(self.layers.values()), run)
+        files = mapped_files()
         for layer in self.layers.values():
             layer.pack()
+            if layer.packed is not None:
+                page_out(layer.weight, files)
 
     def checkpoint_contexts(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         """Contexts for ``torch.utils.checkpoint(context_fn=…)``: recomputation re-uses the routing of the forward."""
