@@ -182,8 +182,9 @@ def require_peers() -> None:
 
 
 def _short(argument: str) -> str:
-    """An absolute path as its last two parts: results are published, folders of this machine are nobody's business."""
-    return "/".join(Path(argument).parts[-2:]) if Path(argument).is_absolute() else argument
+    """A path to elsewhere as its last two parts: results are published, this machine's folders are nobody's business."""
+    path = Path(argument)
+    return "/".join(path.parts[-2:]) if path.is_absolute() or ".." in path.parts else argument
 
 
 def _prepare(data: Path, model: str, folder: Path) -> dict[str, Any]:

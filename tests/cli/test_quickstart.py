@@ -9,20 +9,25 @@ from lorafleet.cli import show
 from lorafleet.cli.main import main
 from lorafleet.cli.quickstart import KNOBS, REVIEWS, quickstart
 from lorafleet.config import DataConfig, LoraConfig, ModelConfig, RunConfig, TrainingConfig, load_sections
+from lorafleet.errors import CheckpointError
 from tests.tiny import tiny_base_folder
 
 
 def test_its_knobs_are_valid() -> None:
     sections = (ModelConfig, DataConfig, LoraConfig, TrainingConfig, RunConfig)
     _, data, _, training, run = load_sections(sections, KNOBS, {})
-    assert (data.data, training.max_steps, run.overwrite) == (KNOBS["data"], KNOBS["max_steps"], True)
+    assert (data.data, training.max_steps) == (KNOBS["data"], KNOBS["max_steps"])
+    assert run.output_dir == KNOBS["output_dir"]
 
 
 @pytest.mark.timeout(300)
 def test_it_runs_twice_with_the_same_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = tiny_base_folder(tmp_path / "base", "llama")
     knobs = {"model_name_or_path": str(base), "output_dir": str(tmp_path / "run"), "max_steps": 2, "max_eval_rows": 8}
-    first, second = quickstart(**knobs), quickstart(**knobs)
+    first = quickstart(**knobs)
+    with pytest.raises(CheckpointError, match="holds another run"):  # only its own folder is its to replace
+        quickstart(**knobs)
+    second = quickstart(**knobs, overwrite=True)
     assert first.adapter_sha256 == second.adapter_sha256
     assert second.evaluation.rows == 500
     assert set(second.evaluation.metrics) == {"base", "adapter"}

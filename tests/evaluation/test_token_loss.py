@@ -54,10 +54,12 @@ def test_loss_and_gradients_equal_a_plain_loop(arch: str, monkeypatch: pytest.Mo
     assert loss_model.flat == (arch != "gemma2")  # its attention caps the scores, so it takes the padded path
     loss = loss_model(collate([Part(0, rows)]))
     loss.total.backward()
-    torch.testing.assert_close(loss.total, plain, rtol=1e-10, atol=1e-10)
-    assert loss.parts[0] == pytest.approx(plain.item(), rel=1e-10)
+    # Gemma's norms compute in float32 whatever the weights are, and padded rows come out of them in another order.
+    exact, close = (1e-6, 1e-4) if arch == "gemma2" else (1e-10, 1e-8)
+    torch.testing.assert_close(loss.total, plain, rtol=exact, atol=0)
+    assert loss.parts[0] == pytest.approx(plain.item(), rel=exact)
     for name, parameter in bank.slot_parameters(0).items():
-        torch.testing.assert_close(parameter.grad, wanted[name], rtol=1e-8, atol=1e-10, msg=name)
+        torch.testing.assert_close(parameter.grad, wanted[name], rtol=close, atol=close, msg=name)
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -12,7 +12,7 @@ import lorafleet
 from lorafleet.config import LoraConfig
 from lorafleet.errors import CheckpointError
 from lorafleet.files.checkpoint import save_checkpoint
-from lorafleet.files.run_folder import METRICS, SETTINGS, model_card, open_run, provenance
+from lorafleet.files.run_folder import METRICS, SETTINGS, clear_run, model_card, open_run, provenance
 
 
 def checkpoint(folder: Path, step: int) -> Path:
@@ -68,21 +68,42 @@ def test_what_cannot_be_resumed(tmp_path: Path) -> None:
         opened(tmp_path / "a", resume=str(checkpoint(tmp_path / "b", 1)))
 
 
-def test_overwrite_deletes_what_runs_write_and_nothing_else(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["README.md", "tokenizer.json"])
+def test_files_of_the_user_are_not_replaced(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(CheckpointError, match=rf"holds {name}, which a run would replace.*another --output-dir"):
+        opened(tmp_path)
+    with open_run(tmp_path, overwrite=True):
+        assert (tmp_path / name).read_text() == "mine"  # until the run has something to put in its place
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "result.json"])
+def test_a_finished_run_without_checkpoints_is_not_trained_again(tmp_path: Path, name: str) -> None:
+    (tmp_path / SETTINGS).write_text("r: 8")
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(CheckpointError, match=r"finished.*no checkpoint.*--overwrite"):
+        opened(tmp_path, resume=True)
+
+
+def test_clearing_deletes_what_runs_write_and_nothing_else(tmp_path: Path) -> None:
     for name in ("adapter_config.json", "adapter_model.safetensors", METRICS, SETTINGS, "README.md", "mine.txt"):
         (tmp_path / name).write_text("old")
     checkpoint(tmp_path, 3)
     (tmp_path / "data").mkdir()
-    assert opened(tmp_path, overwrite=True) is None
+    with open_run(tmp_path, overwrite=True) as start:
+        assert start is None
+        assert (tmp_path / "checkpoint-3").is_dir() and (tmp_path / SETTINGS).is_file()
+        clear_run(tmp_path)
     assert {p.name for p in tmp_path.iterdir()} - {".lorafleet.lock"} == {"mine.txt", "data"}
 
 
-def test_overwrite_keeps_the_checkpoint_it_starts_from(tmp_path: Path) -> None:
+def test_clearing_keeps_the_checkpoint_that_the_run_starts_from(tmp_path: Path) -> None:
     checkpoint(tmp_path, 3)
     checkpoint(tmp_path, 5)
-    start = opened(tmp_path, resume=str(tmp_path / "checkpoint-3"), overwrite=True)
-    assert start == tmp_path / "checkpoint-3"
-    assert start.is_dir()
+    with open_run(tmp_path, resume=str(tmp_path / "checkpoint-3"), overwrite=True) as start:
+        assert start == tmp_path / "checkpoint-3"
+        clear_run(tmp_path, keep=start)
+        assert start.is_dir()
     assert not (tmp_path / "checkpoint-5").exists()
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
-from lorafleet.errors import CheckpointError, Interrupted, TrainingError
+from lorafleet.errors import CheckpointError, Interrupted, LorafleetError, TrainingError
 from lorafleet.training.run import train
 from tests.tiny import tiny_base_folder
 
@@ -112,12 +112,46 @@ def test_a_stop_signal_saves_a_checkpoint_and_resuming_gives_the_same_bytes(
 def test_another_run_is_refused_by_name(place: Path, whole: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError, match="holds another run"):
         train(settings(place, "whole"))
+    before = {path.name: path.read_bytes() for path in (place / "whole").iterdir() if path.is_file()}
     with pytest.raises(CheckpointError, match=r"training\.learning_rate: 0\.01 in the checkpoint, 0\.02 now"):
         train(settings(place, "whole", resume_from_checkpoint=True, learning_rate=0.02))
     rows = (place / "rows.jsonl").read_text()
     (place / "other.jsonl").write_text(rows.replace("fox", "cat"))
     with pytest.raises(CheckpointError, match="data: "):
         train(settings(place, "whole", resume_from_checkpoint=True, data=str(place / "other.jsonl")))
+    assert {path.name: path.read_bytes() for path in (place / "whole").iterdir() if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"data": "missing.jsonl"}, "missing.jsonl"),
+        ({"target_modules": ["q_porj"]}, "q_porj"),
+        ({"modules_to_save": ["lm_haed"]}, "lm_haed"),
+    ],
+)
+def test_overwriting_starts_when_everything_is_checked(
+    place: Path, whole: dict[str, Any], knobs: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(LorafleetError, match=message):
+        train(settings(place, "whole", overwrite=True, **knobs))
+    assert outcome(place, "whole") == whole
+
+
+def test_overwriting_replaces_the_run_and_is_no_setting_of_it(place: Path) -> None:
+    train(settings(place, "twice", max_steps=4))
+    train(settings(place, "twice", max_steps=2, overwrite=True))
+    assert [path.name for path in (place / "twice").glob("checkpoint-*")] == ["checkpoint-2"]
+    result = train(str(place / "twice" / "lorafleet.yaml"), resume_from_checkpoint=True)
+    assert result.steps == 2
+
+
+def test_the_last_adapter_is_kept_where_the_best_is_not_wanted(place: Path) -> None:
+    knobs = {"max_steps": 9, "learning_rate": 3.0, "warmup_ratio": 0, "eval_steps": 1, "save_strategy": "no"}
+    best = train(settings(place, "best", **knobs))
+    last = train(settings(place, "last", load_best_model_at_end=False, **knobs))
+    assert best.best_step < 9 and "| kept from step | 9 |" not in (place / "best" / "README.md").read_text()
+    assert last.best_step == 9 and "| kept from step | 9 |" in (place / "last" / "README.md").read_text()
 
 
 def test_nan_names_the_rows_and_keeps_the_last_good_state(place: Path) -> None:

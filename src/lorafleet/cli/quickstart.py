@@ -21,7 +21,6 @@ KNOBS: Mapping[str, Any] = {
     "model_name_or_path": "smollm2-135m",
     "data": "sample:movie_polarity",
     "output_dir": "runs/quickstart",
-    "overwrite": True,
     "r": 8,
     "lora_alpha": 16.0,
     "learning_rate": 5e-4,
@@ -73,11 +72,14 @@ def quickstart(**knobs: Any) -> QuickstartResult:
     """Train on film reviews, measure base and adapter on the test rows, let both answer, merge and verify.
 
     Args:
-        knobs: Knobs of ``lorafleet.train``; they override ``KNOBS``.
+        knobs: Knobs of ``lorafleet.train``; they override ``KNOBS``. A run before it in the same folder is replaced,
+            unless ``output_dir`` names another folder; then that takes ``overwrite``.
 
     Returns:
         The results of the four steps.
     """
+    resumes = knobs.get("resume_from_checkpoint", False)
+    overwrite = knobs.setdefault("overwrite", "output_dir" not in knobs and not resumes)
     logger.info("1/4 training an adapter")
     trained = lorafleet.train(KNOBS, **knobs)
     folder = Path(trained.output_dir)
@@ -88,7 +90,7 @@ def quickstart(**knobs: Any) -> QuickstartResult:
     logger.info("3/4 answering three new reviews")
     generated = lorafleet.generate(adapter=trained.adapter, prompt=_questions(), base=True, max_new_tokens=12)
     logger.info("4/4 merging the adapter into its base")
-    merged = lorafleet.merge(adapter=trained.adapter, output_dir=str(folder / "merged"), overwrite=True)
+    merged = lorafleet.merge(adapter=trained.adapter, output_dir=str(folder / "merged"), overwrite=overwrite or resumes)
     weights = (Path(trained.adapter) / "adapter_model.safetensors").read_bytes()
     return QuickstartResult(trained, evaluated, generated, merged, hashlib.sha256(weights).hexdigest())
 

@@ -22,10 +22,10 @@ from lorafleet.models.machine import package_versions
 
 logger = logging.getLogger(__name__)
 
-SETTINGS, METRICS, CARD = "lorafleet.yaml", "metrics.jsonl", "README.md"
+SETTINGS, METRICS, RESULT, CARD = "lorafleet.yaml", "metrics.jsonl", "result.json", "README.md"
 _MARKS = (CONFIG, METRICS, SETTINGS)  # any of these means that a run was here
 _OWN = (
-    *(*_MARKS, WEIGHTS, MANIFEST, CARD, "provenance.json", "result.json", "loss.png"),
+    *(*_MARKS, WEIGHTS, MANIFEST, CARD, "provenance.json", RESULT, "loss.png"),
     *("chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
 )
 _LOCK = ".lorafleet.lock"
@@ -38,7 +38,7 @@ def open_run(output_dir: str | Path, *, resume: str | bool = False, overwrite: b
     Args:
         output_dir: The folder; created where missing.
         resume: ``True`` for the newest complete checkpoint in ``output_dir``; or a checkpoint's or run's folder.
-        overwrite: Delete what another run left: its adapter, logs and checkpoints, and nothing else.
+        overwrite: Allow a folder that holds another run. Nothing of it is deleted here: see ``clear_run``.
 
     Yields:
         The checkpoint to go on from; ``None`` to start at the beginning.
@@ -58,8 +58,6 @@ def open_run(output_dir: str | Path, *, resume: str | bool = False, overwrite: b
     except OSError as error:
         raise CheckpointError(f"cannot write in {output_dir}: {error.strerror or error}") from error
     try:
-        if overwrite:
-            _clear(output_dir, checkpoint)
         yield checkpoint
     finally:
         lock.release()
@@ -83,6 +81,12 @@ def _check(output_dir: Path, resume: str | bool, overwrite: bool) -> Path | None
             f"{output_dir} holds another run; give --resume-from-checkpoint to go on with it, "
             "--overwrite to replace it, or another --output-dir"
         )
+    others = [name for name in _OWN if (output_dir / name).exists()]
+    if others and not has_run and not overwrite:
+        raise CheckpointError(
+            f"{output_dir} holds {', '.join(others)}, which a run would replace; give another --output-dir, "
+            "or --overwrite if they may go"
+        )
     return checkpoint
 
 
@@ -90,6 +94,11 @@ def _own_checkpoint(output_dir: Path, has_run: bool) -> Path | None:
     checkpoint = newest_checkpoint(output_dir)
     if checkpoint is None and not has_run:
         raise CheckpointError(f"there is no run to resume in {output_dir}; start one without resume_from_checkpoint")
+    if checkpoint is None and any((output_dir / name).exists() for name in (CONFIG, RESULT)):
+        raise CheckpointError(
+            f"the run in {output_dir} is finished and has no checkpoint to go on from; "
+            "--overwrite trains anew in its place"
+        )
     if checkpoint is None:
         logger.info("the run in %s stopped before its first checkpoint; starting at the beginning", output_dir)
     return checkpoint
@@ -107,8 +116,8 @@ def _named_checkpoint(path: Path) -> Path:
     return path
 
 
-def _clear(output_dir: Path, keep: Path | None) -> None:
-    """Delete what runs write. Whatever else lies in the folder is the user's."""
+def clear_run(output_dir: Path, keep: Path | None = None) -> None:
+    """Delete what a run left: adapter, logs, checkpoints but ``keep``. Whatever else is in the folder is the user's."""
     kept = keep.resolve() if keep else None
     for name in _OWN:
         (output_dir / name).unlink(missing_ok=True)

@@ -5,8 +5,9 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -149,16 +150,20 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def tensorboard_observer(folder: Path) -> Callable[[Event], None]:
-    """Write losses, rates and speeds for TensorBoard into ``folder``.
+def require_trackers(names: Sequence[str]) -> None:
+    """Check that what ``report_to`` names is installed.
 
     Raises:
-        MissingExtraError: TensorBoard is not installed.
+        MissingExtraError: TensorBoard is not.
     """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise MissingExtraError("report_to tensorboard", "tensorboard") from error
+    if "tensorboard" in names and find_spec("tensorboard") is None:
+        raise MissingExtraError("report_to tensorboard", "tensorboard")
+
+
+def tensorboard_observer(folder: Path) -> Callable[[Event], None]:
+    """Write losses, rates and speeds for TensorBoard into ``folder``."""
+    from torch.utils.tensorboard import SummaryWriter
+
     writer: Any = SummaryWriter(str(folder))
 
     def observe(event: Event) -> None:
@@ -169,7 +174,7 @@ def tensorboard_observer(folder: Path) -> Callable[[Event], None]:
             writer.add_scalar("train/tokens_per_second", event.tokens / event.seconds, event.step)
         elif isinstance(event, Evaluated):
             writer.add_scalar("eval/loss", event.eval_loss, event.step)
-        elif isinstance(event, Finished | Failed):
+        elif isinstance(event, Saved | Finished | Failed):
             writer.flush()
 
     return observe

@@ -9,7 +9,6 @@ from typing import Any
 from transformers.pytorch_utils import Conv1D
 
 from lorafleet.config.data import DataConfig
-from lorafleet.config.knob import Section
 from lorafleet.config.load import dump_sections
 from lorafleet.config.lora import LoraConfig
 from lorafleet.config.model import ModelConfig
@@ -17,7 +16,7 @@ from lorafleet.config.training import RunConfig, TrainingConfig
 from lorafleet.data.load import Data
 from lorafleet.files.adapter import save_adapter
 from lorafleet.files.atomic import write_json, write_text
-from lorafleet.files.run_folder import METRICS, SETTINGS, model_card, provenance
+from lorafleet.files.run_folder import METRICS, RESULT, SETTINGS, model_card, provenance
 from lorafleet.lora import LoraBank
 from lorafleet.models.load import Base
 from lorafleet.models.machine import peak_memory_bytes
@@ -74,9 +73,14 @@ class TrainResult:
         return asdict(self)
 
 
-def write_settings(output_dir: Path, settings: tuple[Section, ...]) -> None:
-    """Write the resolved settings, runnable again as they are, and what made the run."""
-    write_text(output_dir / SETTINGS, dump_sections(*settings))
+def write_settings(output_dir: Path, settings: Settings) -> None:
+    """Write the resolved settings, runnable again as they are, and what made the run.
+
+    Resuming and overwriting are what one call was allowed to do, not settings of the run.
+    """
+    *sections, run = settings
+    plain = run.model_copy(update={"overwrite": False, "resume_from_checkpoint": False})
+    write_text(output_dir / SETTINGS, dump_sections(*sections, plain))
     write_json(output_dir / "provenance.json", provenance())
 
 
@@ -103,8 +107,10 @@ def write_results(
         started: ``time.perf_counter()`` at the start of the run.
     """
     before, after = measured
-    result = _result(output_dir, base, bank, member, data, (dict(before), dict(after)), started)
-    lora_config = settings[2]
+    _, _, lora_config, _, run = settings
+    kept_best = run.load_best_model_at_end and member.progress.best_loss is not None
+    best_step = member.progress.best_step if kept_best else member.progress.step
+    result = _result(output_dir, base, bank, member, best_step, data, (dict(before), dict(after)), started)
     save_adapter(
         output_dir,
         lora_config,
@@ -127,7 +133,7 @@ def write_results(
     write_text(output_dir / "chat_template.jinja", data.chat_template)
     plot_losses(output_dir / METRICS, output_dir / "loss.png", f"{output_dir.name}: loss", result.eval_loss_before)
     _write_card(output_dir, base, lora_config, settings[1], result)
-    write_json(output_dir / "result.json", result.as_dict())
+    write_json(output_dir / RESULT, result.as_dict())
     return result
 
 
@@ -136,6 +142,7 @@ def _result(
     base: Base,
     bank: LoraBank,
     member: Member,
+    best_step: int,
     data: Data,
     measured: tuple[dict[str, float], dict[str, float]],
     started: float,
@@ -147,7 +154,7 @@ def _result(
         output_dir=str(output_dir),
         adapter=str(output_dir),
         steps=progress.step,
-        best_step=progress.best_step or progress.step,
+        best_step=best_step,
         rows={"read": split.read, "used": split.used, "rejected": split.rejected, "truncated": split.truncated},
         tokens=progress.tokens,
         trained_tokens=progress.trained_tokens,

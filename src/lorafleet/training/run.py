@@ -19,7 +19,7 @@ from lorafleet.errors import ConfigError, Interrupted, TrainingError
 from lorafleet.evaluation.measure import measure
 from lorafleet.evaluation.token_loss import LossModel
 from lorafleet.files.deployability import deployability
-from lorafleet.files.run_folder import open_run
+from lorafleet.files.run_folder import clear_run, open_run
 from lorafleet.lora import LoraBank, inject_lora
 from lorafleet.models.load import Base, load_base
 from lorafleet.models.machine import keep_large_allocations
@@ -29,7 +29,7 @@ from lorafleet.training.interrupt import listen
 from lorafleet.training.loop import Population
 from lorafleet.training.member import Member
 from lorafleet.training.recompute import recompute_blocks
-from lorafleet.training.report import MetricsLog, ProgressReport, as_text, tensorboard_observer
+from lorafleet.training.report import MetricsLog, ProgressReport, as_text, require_trackers, tensorboard_observer
 from lorafleet.training.result import TrainResult, write_results, write_settings
 
 logger = logging.getLogger(__name__)
@@ -59,14 +59,16 @@ def train(config: Mapping[str, Any] | str | Path | None = None, /, **knobs: Any)
     settings = model_config, data_config, lora_config, training, run = load_sections(SECTIONS, config, knobs)
     if model_config.dtype == "float16":
         raise ConfigError("dtype = float16 loses small gradients; train in bfloat16 or float32")
+    require_trackers(run.report_to)
     output_dir = Path(run.output_dir)
     with open_run(output_dir, resume=run.resume_from_checkpoint, overwrite=run.overwrite) as checkpoint:
         _prepare_machine(run)
         base = load_base(model_config)
         data = load_data(data_config, base.tokenizer)
         logger.info("%s", as_text(data.report.render()))
-        write_settings(output_dir, settings)
         bank = inject_lora(base.model, lora_config, seed=training.seed)
+        if run.gradient_checkpointing:
+            recompute_blocks(base.model, bank)
         _tell_deployability(lora_config, bank)
         held_out = _held_out(data, run)
         member = Member(NAME, bank, 0, training, data.splits["train"], held_out)
@@ -77,6 +79,9 @@ def train(config: Mapping[str, Any] | str | Path | None = None, /, **knobs: Any)
             return measure(base, bank, slot, data, held_out, batch_size=size) if held_out else {}
 
         resume_step = state.restore(checkpoint) if checkpoint else 0
+        if run.overwrite:  # only now, when nothing of this run can be wrong any more
+            clear_run(output_dir, keep=checkpoint)
+        write_settings(output_dir, settings)
         if checkpoint:
             logger.info("going on from %s, step %d of %d", checkpoint, resume_step, member.total_steps)
         else:
@@ -132,8 +137,6 @@ def _run(
     observers: list[Observer] = [log, progress, lambda e: failures.append(e) if isinstance(e, Failed) else None]
     if "tensorboard" in run.report_to:
         observers.append(tensorboard_observer(output_dir / "tensorboard"))
-    if run.gradient_checkpointing:
-        recompute_blocks(base.model, bank)
 
     def tell(event: Event) -> None:
         for observer in observers:
