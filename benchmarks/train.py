@@ -182,7 +182,7 @@ def require_peers() -> None:
 
 
 def _short(argument: str) -> str:
-    """A path to elsewhere as its last two parts: results are published, this machine's folders are nobody's business."""
+    """A path to elsewhere as its last two parts: results are published, folders are nobody's business."""
     path = Path(argument)
     return "/".join(path.parts[-2:]) if path.is_absolute() or ".." in path.parts else argument
 

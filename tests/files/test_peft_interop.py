@@ -158,6 +158,25 @@ def test_names_that_match_nothing_are_left_aside_as_peft_does(tmp_path: Path) ->
         inject_lora(gpt_neox, without_absent(gpt_neox, adapter.config))
 
 
+@pytest.mark.parametrize("names", [["norm"], ["embed_tokens", "norm"], ["input_layernorm", "lm_head"]])
+def test_saved_modules_cross_over_under_short_names(names: list[str], tmp_path: Path) -> None:
+    """PEFT takes every module whose path ends in the letters of a name, lorafleet only whole parts of a path."""
+    fields: dict[str, Any] = {"r": 4, "target_modules": ["q_proj"], "modules_to_save": names}
+    config = LoraConfig(**fields)
+    bank = filled_bank("llama", config)
+    save(bank, config, tmp_path / "ours")
+    assert_close(logits(load_in_peft("llama", tmp_path / "ours")), bank_logits(bank))
+
+    model = peft.get_peft_model(tiny_model("llama"), peft.LoraConfig(task_type="CAUSAL_LM", **fields))
+    state = randomize(peft.get_peft_model_state_dict(model, save_embedding_layers=False))
+    peft.set_peft_model_state_dict(model, state)
+    model.eval().save_pretrained(tmp_path / "pefts", save_embedding_layers=False)
+    adapter = load_adapter(tmp_path / "pefts")
+    bank = inject_lora(tiny_model("llama"), adapter.config)
+    bank.load_state_dict(0, adapter.tensors)
+    assert_close(bank_logits(bank), logits(model))
+
+
 def test_peft_config_holds_only_what_every_release_knows(tmp_path: Path) -> None:
     config = LoraConfig(r=4, lora_alpha=8, modules_to_save=["lm_head"], rank_pattern={"q_proj": 2})
     save(filled_bank("llama", config), config, tmp_path)
@@ -178,11 +197,12 @@ def test_order_of_overlapping_patterns_survives(tmp_path: Path) -> None:
     assert_close(logits(load_in_peft("llama", tmp_path)), bank_logits(bank))
 
 
-@pytest.mark.parametrize("scale", ["regex", "suffix list", "layers pattern", "unused pattern"])
+@pytest.mark.parametrize("scale", ["regex", "suffix list", "first layer", "layers pattern", "unused pattern"])
 def test_pefts_selections(scale: str, tmp_path: Path) -> None:
     fields: dict[str, Any] = {
         "regex": {"target_modules": r".*layers\.1\.(self_attn\.q_proj|mlp\.\w+_proj)"},
         "suffix list": {"target_modules": ["self_attn.v_proj", "up_proj"]},
+        "first layer": {"target_modules": ["q_proj"], "layers_to_transform": 0},
         "layers pattern": {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "layers"},
         "unused pattern": {
             "target_modules": ["q_proj"],

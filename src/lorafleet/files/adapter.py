@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lorafleet.config.lora import LoraConfig
 from lorafleet.errors import AdapterError, raise_all
-from lorafleet.files.adapter_tensors import adapted_modules, in_order, tensor_faults
+from lorafleet.files.adapter_tensors import in_order, tensor_faults
 from lorafleet.files.atomic import json_bytes, tensor_bytes, write_files
 from lorafleet.files.peft_config import from_peft, to_peft
 
@@ -65,12 +65,12 @@ def save_adapter(
 ) -> None:
     """Write an adapter that plain ``PeftModel.from_pretrained`` loads. An adapter that was there is replaced at once.
 
-    ``target_modules`` is written as the list of the modules that have tensors, so that PEFT wraps exactly these,
-    whatever shorthand, regex or exclusion chose them.
+    ``target_modules`` and ``modules_to_save`` are written as the lists of the modules that have tensors, so that PEFT
+    wraps exactly these, whatever shorthand, regex or exclusion chose them.
 
     Args:
         folder: Created where missing; other files in it are left alone.
-        config: Its ``r``, ``lora_alpha``, patterns, rsLoRA, bias and ``modules_to_save`` are written as they are.
+        config: Its ``r``, ``lora_alpha``, patterns, rsLoRA and bias are written as they are.
         tensors: By PEFT's names, as ``LoraBank.state_dict`` gives them.
         base_name: The base's hub id, path or alias.
         base_revision: The base's commit.
@@ -81,8 +81,7 @@ def save_adapter(
         AdapterError: A tensor's name, shape or value does not fit (all are listed), or the disk is full or fails.
     """
     raise_all(AdapterError, tensor_faults(config, tensors), "the adapter cannot be saved")
-    modules = adapted_modules(tensors)
-    peft = to_peft(config, modules, base_name=base_name, base_revision=base_revision, fan_in_fan_out=fan_in_fan_out)
+    peft = to_peft(config, tensors, base_name=base_name, base_revision=base_revision, fan_in_fan_out=fan_in_fan_out)
     contents = {WEIGHTS: tensor_bytes(tensors), CONFIG: json_bytes(peft)}
     hashes = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
     contents[MANIFEST] = json_bytes({"format": _FORMAT, "sha256": hashes, "metadata": dict(metadata)})
@@ -113,7 +112,7 @@ def load_adapter(folder: str | os.PathLike[str]) -> Adapter:
         tensors = in_order(load(data))
     except (SafetensorError, ValueError, KeyError) as error:
         raise AdapterError(f"{folder / WEIGHTS} is damaged: {error}; copy or download it again") from error
-    config, faults = from_peft(peft, adapted_modules(tensors))
+    config, faults = from_peft(peft, tensors)
     if config is not None:
         faults += tensor_faults(config, tensors)
     raise_all(AdapterError, faults, f"the adapter in {folder} cannot be used")

@@ -1,7 +1,7 @@
 """The names and shapes of an adapter's tensors, as PEFT writes them, checked against its config."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +19,28 @@ _SHOWN = 20
 def adapted_modules(names: Iterable[str]) -> list[str]:
     """The modules that have an ``A`` or ``B``, in the order of ``names``."""
     return list(dict.fromkeys(found["module"] for name in names if (found := _FACTOR.fullmatch(name))))
+
+
+def saved_modules(names: Sequence[str], tensors: Iterable[str], *, letters: bool) -> list[str]:
+    """The full paths of the modules that ``modules_to_save`` names, as far as they have tensors.
+
+    Args:
+        names: ``modules_to_save``.
+        tensors: Names of the adapter's tensors.
+        letters: Whether a path need only end in the letters of a name, which is PEFT's rule: to it ``norm`` also means
+            ``input_layernorm``. Otherwise a name stands for whole parts of a path.
+
+    Returns:
+        The outermost module for each tensor, in the order of ``tensors``; then the names that have none.
+    """
+    paths = [name.removeprefix(PREFIX).split(".") for name in tensors if not _FACTOR.fullmatch(name)]
+    found: dict[str, str] = {}
+    for parts in paths:
+        heads = (".".join(parts[:end]) for end in range(1, len(parts)))
+        matches = ((h, n) for h in heads for n in names if (h.endswith(n) if letters else f".{h}".endswith(f".{n}")))
+        found.update([next(matches, ("", ""))])
+    found.pop("", None)
+    return [*found, *(name for name in names if name not in found.values())]
 
 
 def in_order(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,12 +1,13 @@
 """``adapter_config.json``: PEFT's fields to and from ``LoraConfig``."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from pydantic import ValidationError
 
 from lorafleet.config.lora import LoraConfig
+from lorafleet.files.adapter_tensors import adapted_modules, saved_modules
 
 # Fields that change nothing about the adapter's mathematics here, whatever they hold.
 _INERT = {
@@ -24,14 +25,14 @@ _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
 def to_peft(
-    config: LoraConfig, modules: Sequence[str], *, base_name: str, base_revision: str | None, fan_in_fan_out: bool
+    config: LoraConfig, tensors: Collection[str], *, base_name: str, base_revision: str | None, fan_in_fan_out: bool
 ) -> dict[str, Any]:
     """The config in PEFT's fields; only fields that every release of PEFT knows.
 
     Args:
         config: The adapter's config.
-        modules: Full paths of the modules that carry it. PEFT compares whole paths first, so these and no others are
-            wrapped; layers_to_transform and exclude_modules have done their work and are left out.
+        tensors: Names of its tensors. The modules that have some are written by their full paths, and PEFT wraps these
+            and no others; layers_to_transform and exclude_modules have done their work and are left out.
         base_name: Recorded as ``base_model_name_or_path``.
         base_revision: Recorded as ``revision``.
         fan_in_fan_out: Whether weights are stored ``(in, out)``.
@@ -48,41 +49,45 @@ def to_peft(
         "layers_to_transform": None,
         "lora_alpha": _whole(config.lora_alpha),
         "lora_dropout": config.lora_dropout,
-        "modules_to_save": list(config.modules_to_save) or None,
+        "modules_to_save": saved_modules(config.modules_to_save, tensors, letters=False) or None,
         "peft_type": "LORA",
         "r": config.r,
         "rank_pattern": dict(config.rank_pattern),
         "revision": base_revision,
-        "target_modules": list(modules),
+        "target_modules": adapted_modules(tensors),
         "task_type": "CAUSAL_LM",
         "use_dora": False,
         "use_rslora": config.use_rslora,
     }
 
 
-def from_peft(fields: Mapping[str, Any], modules: Sequence[str]) -> tuple[LoraConfig | None, list[str]]:
+def from_peft(fields: Mapping[str, Any], tensors: Collection[str]) -> tuple[LoraConfig | None, list[str]]:
     """Read PEFT's fields.
 
     Args:
         fields: ``adapter_config.json``.
-        modules: The modules that have tensors; they stand in for selections that PEFT knows and lorafleet does not.
+        tensors: Names of the adapter's tensors. The modules they belong to stand in for selections that PEFT knows and
+            lorafleet does not.
 
     Returns:
         The config, or ``None`` where there are faults; and all the faults.
     """
-    faults = _unsupported(fields)
+    faults, modules = _unsupported(fields), adapted_modules(tensors)
     values = {name: fields[name] for name in _READ & LoraConfig.model_fields.keys() if fields.get(name) is not None}
     values["init_lora_weights"] = "gaussian" if fields.get("init_lora_weights") == "gaussian" else "default"
     layers = fields.get("layers_to_transform")
     if isinstance(layers, int):
         values["layers_to_transform"] = [layers]
-    if not layers:
+    if layers == []:
         values.pop("layers_to_transform", None)
+    saved = fields.get("modules_to_save")
+    if isinstance(saved, list) and all(isinstance(name, str) for name in saved):
+        values["modules_to_save"] = saved_modules(saved, tensors, letters=True)
     if fields.get("target_modules") is None:
         faults.append("target_modules is missing")
     values.pop("exclude_modules", None)
     if fields.get("exclude_modules") or fields.get("layers_pattern"):
-        values["target_modules"] = list(modules)  # PEFT has selected; what it selected has tensors
+        values["target_modules"] = modules  # PEFT has selected; what it selected has tensors
         values.pop("layers_to_transform", None)
     for name in ("rank_pattern", "alpha_pattern"):
         if isinstance(values.get(name), dict):
