@@ -10,7 +10,7 @@ import pytest
 import torch
 from sklearn.metrics import f1_score
 
-from lorafleet import evaluate
+from lorafleet import evaluate, train
 from lorafleet.config import AdapterConfig, DataConfig, GenerationConfig, ModelConfig
 from lorafleet.data.load import load_data
 from lorafleet.data.store import TokenRow
@@ -20,6 +20,7 @@ from lorafleet.evaluation.measure import measure, prompt_of, references_of, shor
 from lorafleet.evaluation.metrics import mcnemar
 from lorafleet.generation.adapted import Adapted, load_adapted
 from tests.generation.tiny_bank import saved_adapter
+from tests.tiny import tiny_base_folder
 
 LABELS = ("good", "bad", "so so")
 
@@ -121,6 +122,26 @@ def test_which_rows_are_measured(tmp_path: Path) -> None:
         evaluate(adapter=str(adapter), data=str(other), split="test")
     trained = evaluate(adapter=str(adapter), data=str(rows), base=False, valid_fraction=0.0)
     assert "trained on" in trained.warnings[0]
+
+
+def test_the_rows_that_training_held_out_are_measured(tmp_path: Path) -> None:
+    """Whatever share training held out, eval with its own defaults never takes trained rows for new ones."""
+    rows = write_rows(tmp_path / "rows.jsonl", label_rows(40))
+    base = str(tiny_base_folder(tmp_path / "base", "llama"))
+    for number, fraction in enumerate((0.25, 0.0)):
+        adapter = str(tmp_path / f"run-{number}")
+        train(model=base, data=str(rows), output_dir=adapter, max_steps=1, valid_fraction=fraction, max_rows=32)
+        moved = tmp_path / f"moved-{number}.jsonl"
+        moved.write_bytes(rows.read_bytes())
+        found = evaluate(adapter=adapter, data=str(moved), base=False, predictions=str(tmp_path / "predictions.jsonl"))
+        measured = {json.loads(line)["source"] for line in (tmp_path / "predictions.jsonl").read_text().splitlines()}
+        config = DataConfig(data=str(moved), valid_fraction=fraction, max_rows=32)
+        splits = load_data(config, opened(Path(adapter)).base.tokenizer).splits
+        wanted = splits["valid" if fraction else "train"]
+        assert measured == {row.source for row in wanted}
+        assert bool(found.warnings) == (not fraction)
+        other = evaluate(adapter=adapter, data=str(moved), base=False, split="valid", valid_fraction=0.5)
+        assert "trained on" in other.warnings[0]
 
 
 def test_answers_are_generated_and_compared(tmp_path: Path) -> None:

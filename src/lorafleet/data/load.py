@@ -40,6 +40,7 @@ class Data:
         label_ids: Tokens of each label as the answer, with the end-of-turn token, in the order of ``labels``.
         report: What was read and what is trained.
         data_hash: Changes with any token or mask, and with their order or split.
+        source_hash: Changes with any byte of the source's files, not with their names.
         chat_template: Jinja source of the template in use; it has to travel with the adapter.
         stop_ids: Tokens at which generation has to stop.
     """
@@ -50,6 +51,7 @@ class Data:
     label_ids: tuple[tuple[int, ...], ...]
     report: DataReport
     data_hash: str
+    source_hash: str
     chat_template: str
     stop_ids: tuple[int, ...]
 
@@ -85,7 +87,7 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, cache_f
         _fill(folder, lambda temporary: build(source, config, encoder, tokenizer, temporary))
     else:
         logger.info("%s: tokenized before, read from %s", source.title, folder)
-    return _open(folder, encoder)
+    return _open(folder, encoder, source.bytes_hash)
 
 
 def _fill(folder: Path, write: Callable[[Path], None]) -> None:
@@ -125,7 +127,7 @@ def _is_whole(folder: Path) -> bool:
     return not damaged
 
 
-def _open(folder: Path, encoder: ChatEncoder) -> Data:
+def _open(folder: Path, encoder: ChatEncoder, source_hash: str) -> Data:
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     splits = {}
     for name, (file, selection) in manifest["splits"].items():
@@ -138,6 +140,7 @@ def _open(folder: Path, encoder: ChatEncoder) -> Data:
         label_ids=tuple(tuple(ids) for ids in manifest["label_ids"]),
         report=DataReport.model_validate(manifest["report"]),
         data_hash=manifest["data_hash"],
+        source_hash=source_hash,
         chat_template=encoder.template.source,
         stop_ids=encoder.stop_ids,
     )

@@ -46,13 +46,15 @@ class Source:
         title: How the source is called in messages.
         splits: In the order train, valid, test; absent ones are left out.
         ignored: Names of files in the folder that belong to no split.
-        content_hash: Changes with any byte of any file.
+        content_hash: Changes with any byte or name of any file.
+        bytes_hash: Changes with any byte, whatever the files are called.
     """
 
     title: str
     splits: dict[str, Split]
     ignored: tuple[str, ...]
     content_hash: str
+    bytes_hash: str
 
 
 def find_source(data: str) -> Source:
@@ -118,7 +120,8 @@ def _file_source(title: str, splits: dict[str, dict[str, Path]], ignored: tuple[
         hashes = {split: {name: remembered_sha256(path) for name, path in splits[split].items()} for split in ordered}
     except OSError as error:
         raise DataError(f"cannot read {error.filename}: {error.strerror}") from error
-    return Source(title, ordered, ignored, sha256_json(hashes))
+    nameless = {split: list(files.values()) for split, files in hashes.items()}
+    return Source(title, ordered, ignored, sha256_json(hashes), sha256_json(nameless))
 
 
 def _folder_source(folder: Path, title: str) -> Source:
@@ -188,7 +191,8 @@ def _hub_source(title: str, hub_id: str, name: str | None) -> Source:
     used = {split.table_name for split in splits.values()}
     prints = {split: splits[split].table._fingerprint for split in splits}
     ignored = tuple(str(key) for key in found if str(key) not in used)
-    return Source(title, {split: splits[split] for split in SPLITS if split in splits}, ignored, sha256_json(prints))
+    digest = sha256_json(prints)
+    return Source(title, {split: splits[split] for split in SPLITS if split in splits}, ignored, digest, digest)
 
 
 def _table_records(table: Any, name: str) -> Iterator[Record]:

@@ -30,6 +30,9 @@ SECTIONS = (ModelConfig, AdapterConfig, DataConfig, EvaluationConfig, Generation
 _TRAINED_WITH = ("prompt_template", "system_prompt", "loss_on")
 """Knobs of data that an adapter was trained with, and is evaluated with unless others are given."""
 
+_HELD_OUT_BY = ("valid_fraction", "max_rows", "max_length", "data_format", "on_bad_rows")
+"""Knobs that decide which rows of a source its training held out."""
+
 
 @dataclass(frozen=True)
 class EvalResult:
@@ -133,7 +136,8 @@ def choose_rows(config: DataConfig, settings: EvaluationConfig, adapted: Adapted
     """Load the data and decide which rows to measure on.
 
     The split that is asked for; without one, test, else valid, else all rows. A single file that the adapter was not
-    trained on is measured whole, and its rows that training held out if it was.
+    trained on is measured whole. If it was, the rows that training held out are: by the knobs of that training, unless
+    others are given.
 
     Returns:
         The data, the name of the split, and warnings.
@@ -142,21 +146,26 @@ def choose_rows(config: DataConfig, settings: EvaluationConfig, adapted: Adapted
         DataError: The split that was asked for is not there.
     """
     data = load_data(config, adapted.base.tokenizer)
+    trained_on = _trained_on(data, config, adapted.adapter)
+    if trained_on:
+        config = as_trained(config, adapted.adapter, _HELD_OUT_BY)
+        data = load_data(config, adapted.base.tokenizer)
     warnings = _label_warnings(data, adapted.adapter)
+    train = data.report.splits.get("train")
+    held_out = train is not None and train.held_out > 0
+    seen = {"train", "valid"} if held_out and _differs(config, adapted.adapter) else {"train"}
     if "split" in settings.model_fields_set or "test" in data.splits:
         if settings.split not in data.splits:
             raise DataError(f"{config.data} has no split {settings.split!r}; it has {', '.join(data.splits)}")
-        return data, settings.split, warnings
-    train = data.report.splits.get("train")
-    held_out = train is not None and train.held_out > 0
-    if held_out and "valid_fraction" not in config.model_fields_set and not _trained_on(data, config, adapted.adapter):
-        whole = load_data(config.model_copy(update={"valid_fraction": 0.0}), adapted.base.tokenizer)
-        return whole, "train", warnings
-    if "valid" in data.splits:
-        return data, "valid", warnings
-    if _trained_on(data, config, adapted.adapter):
-        warnings.append("these rows were trained on; the numbers say nothing about new ones")
-    return data, "train", warnings
+        split = settings.split
+    elif held_out and "valid_fraction" not in config.model_fields_set and not trained_on:
+        data, split = load_data(config.model_copy(update={"valid_fraction": 0.0}), adapted.base.tokenizer), "train"
+    else:
+        split = "valid" if "valid" in data.splits else "train"
+    if trained_on and split in seen:
+        warnings.append("rows among these were trained on; the numbers say nothing about new ones")
+        logger.warning("%s", warnings[-1])
+    return data, split, warnings
 
 
 def _check_knobs(adapter: AdapterConfig, settings: EvaluationConfig) -> None:
@@ -171,7 +180,13 @@ def _trained_on(data: Data, config: DataConfig, adapter: Adapter | None) -> bool
         return False
     trained = adapter.metadata.get("data", {}).get("data")
     same_path = trained is not None and Path(trained).absolute() == Path(config.data).absolute()
-    return same_path or adapter.metadata.get("data_hash") == data.data_hash
+    return same_path or adapter.metadata.get("source_hash") == data.source_hash
+
+
+def _differs(config: DataConfig, adapter: Adapter | None) -> bool:
+    """Whether other rows are held out than the adapter's training held out."""
+    trained = adapter.metadata.get("data", {}) if adapter is not None else {}
+    return any(getattr(config, key) != trained[key] for key in _HELD_OUT_BY if key in trained)
 
 
 def _label_warnings(data: Data, adapter: Adapter | None) -> list[str]:

@@ -121,6 +121,7 @@ def write_results(
             "base_weights_hash": base.weights_hash,
             "tokenizer_hash": base.tokenizer_hash,
             "data_hash": data.data_hash,
+            "source_hash": data.source_hash,
             "data": settings[1].model_dump(mode="json"),
             "labels": list(data.labels),
             "steps": result.steps,
