@@ -51,7 +51,7 @@ PLANS = [
 
 
 def train(
-    plans: list[Plan], slots: list[int] | None = None, dtype: torch.dtype = torch.float64
+    plans: list[Plan], slots: list[int] | None = None, dtype: torch.dtype = torch.float64, padded: bool = False
 ) -> list[dict[str, Tensor]]:
     """Train the plans together and return each one's weights and optimizer moments."""
     model = tiny_model("llama", dtype)
@@ -61,7 +61,9 @@ def train(
     for number, one in enumerate(plans):
         bank.add(one.lora, seed=one.training.seed, slot=order[number])
     members = [Member(f"m{number}", bank, order[number], one.training, one.rows) for number, one in enumerate(plans)]
-    Population(members, LossModel(model, bank, 0), bank, QUIET).train()
+    loss_model = LossModel(model, bank, 0)
+    loss_model.flat = loss_model.flat and not padded
+    Population(members, loss_model, bank, QUIET).train()
     return [unpadded(member) for member in members]
 
 
@@ -101,6 +103,20 @@ def test_eight_mixed_adapters_together_equal_eight_single_runs(solo: list[dict[s
 def test_slots_permuted_and_neighbours_removed_change_nothing(solo: list[dict[str, Tensor]]) -> None:
     for number, got in zip((6, 1, 4), train([PLANS[6], PLANS[1], PLANS[4]], slots=[2, 0, 1]), strict=True):
         assert_same(got, solo[number])
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_dropout_follows_seed_and_step_alone(padded: bool) -> None:
+    """In the output head too, and where padding depends on the neighbours."""
+    few = {"max_steps": 6, "gradient_accumulation_steps": 2}
+    plans = [
+        plan(9, {"r": 2, "lora_dropout": 0.3, "target_modules": ["lm_head", "q_proj"]}, few),
+        plan(10, {"r": 3, "lora_dropout": 0.2}, few),
+    ]
+    wanted = [train([one], padded=padded)[0] for one in plans]
+    torch.rand(7)  # the global generator goes on
+    for got, alone in zip(train(plans, padded=padded), wanted, strict=True):
+        assert_same(got, alone)
 
 
 def test_training_changes_every_adapter(solo: list[dict[str, Tensor]]) -> None:

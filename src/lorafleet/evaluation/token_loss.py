@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from lorafleet.data.batches import FlatBatch, Part, TrainRow, collate
 from lorafleet.lora import LoraBank, Routing
+from lorafleet.lora.layer import mix_key
 from lorafleet.lora.packed import PackedWeight, pack
 from lorafleet.models.attention import flat_inputs, use_flat_attention
 
@@ -169,17 +170,20 @@ class LossModel:
             return cast("tuple[Tensor, Tensor]", both)
         # The head has adapters: plain autograd, one part and chunk at a time, recomputed in the backward pass.
         losses, start = [], 0
-        for slot, count in zip(batch.slots, batch.part_targets, strict=True):
+        for slot, count, key in zip(batch.slots, batch.part_targets, batch.dropout_keys, strict=True):
             for begin in range(start, start + count, CHUNK):
                 part = slice(begin, min(begin + CHUNK, start + count))
-                arguments = (head, hidden[part], targets[part], slot, weights.dtype)
+                routing = Routing((slot,), (part.stop - begin,), dropout_keys=(mix_key(key, begin - start),))
+                arguments = (head, hidden[part], targets[part], routing, weights.dtype)
                 losses.append(checkpoint(self._adapted_head, *arguments, use_reentrant=False))
             start += count
         together = torch.cat(losses)
         return (together * weights).sum(), together
 
-    def _adapted_head(self, head: nn.Module, hidden: Tensor, targets: Tensor, slot: int, dtype: torch.dtype) -> Tensor:
-        with self._route(Routing((slot,), (len(hidden),))):
+    def _adapted_head(
+        self, head: nn.Module, hidden: Tensor, targets: Tensor, routing: Routing, dtype: torch.dtype
+    ) -> Tensor:
+        with self._route(routing):
             return F.cross_entropy(head(hidden).to(dtype), targets, reduction="none")
 
 

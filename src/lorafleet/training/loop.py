@@ -71,10 +71,11 @@ class Population:
         losses = [0.0] * len(active)
         for parts in zip_longest(*(window.parts for window in windows)):
             present = [number for number, part in enumerate(parts) if part is not None]
-            loss = self.loss_model(collate([parts[number] for number in present]))
-            loss.total.backward()
-            for number, part_loss in zip(present, loss.parts, strict=True):
-                losses[number] += part_loss
+            for numbers in self._passes(active, present):
+                loss = self.loss_model(collate([parts[number] for number in numbers]))
+                loss.total.backward()
+                for number, part_loss in zip(numbers, loss.parts, strict=True):
+                    losses[number] += part_loss
         norms = [member.clip() for member in active]
         outcomes = zip(active, windows, losses, norms, strict=True)
         rates = [self._update(member, window, loss, norm) for member, window, loss, norm in outcomes]
@@ -83,6 +84,11 @@ class Population:
         for member, window, total, norm, rate in zip(active, windows, losses, norms, rates, strict=True):
             if rate is not None:
                 self._note_step(member, window, total / max(1, window.targets), norm, rate, seconds)
+
+    def _passes(self, active: Sequence[Member], present: list[int]) -> list[list[int]]:
+        """Which members share a forward pass: all. But a dropout mask covers the padding, which the longest row sets."""
+        dropout = any(config.lora_dropout for n in present if (config := self.bank.configs[active[n].slot]))
+        return [present] if self.loss_model.flat or not dropout else [[number] for number in present]
 
     def _update(self, member: Member, window: Window, loss: float, norm: float) -> float | None:
         """Step one member, or stop it alone when its loss or gradient is not finite."""
