@@ -221,3 +221,18 @@ def test_what_is_dumped_reads_back_equal(tmp_path: Path) -> None:
 def test_sections_that_contradict_each_other_are_not_dumped() -> None:
     with pytest.raises(ConfigError, match="seed is 1 in one section and 2 in GenerationConfig"):
         dump_sections(TrainingConfig(seed=1), GenerationConfig(seed=2))
+
+
+@pytest.mark.parametrize(
+    ("knob", "value"),
+    [
+        ("target_modules", "*_proj"),
+        ("target_modules", ["q_proj", "*_proj"]),
+        ("exclude_modules", ["*_proj"]),
+        ("rank_pattern", {"*_proj": 4}),
+        ("alpha_pattern", {"*_proj": 4}),
+    ],
+)
+def test_what_is_no_regex_is_named_with_its_knob(knob: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"{knob}: '\*_proj' is no valid regex: .*written \.\* \(\.\*_proj\)"):
+        load_sections((LoraConfig,), None, {knob: value})

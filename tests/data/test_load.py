@@ -241,6 +241,32 @@ def test_many_labels_are_not_listed_and_templates_replace_the_prompt(load: Calla
     assert TOKENIZER.decode(row.input_ids).startswith("<|im_start|>user\nlabel-0, label-1, label-10")
 
 
+@pytest.mark.parametrize("labels", [["--1", "2"], ["²", "1"], ["9" * 5000, "1"], ["-", "1"]])
+def test_labels_of_odd_characters_are_sorted_as_text(
+    load: Callable[..., Data], tmp_path: Path, labels: list[str]
+) -> None:
+    rows = [{"text": f"t{n}", "label": labels[n % 2]} for n in range(6)]
+    assert load(write(tmp_path / "a.jsonl", rows), max_length=8000).labels == tuple(sorted(labels))
+
+
+def test_train_decides_what_the_rows_are(load: Callable[..., Data], tmp_path: Path) -> None:
+    write(tmp_path / "set" / "train.jsonl", [good_row("text_label", n) for n in range(20)])
+    write(tmp_path / "set" / "test.jsonl", [good_row("text", n) for n in range(40)])
+    data = load(tmp_path / "set" / "train.jsonl")
+    assert data.task == "label"
+    with pytest.raises(DataError, match=r"40 of 60 rows .* cannot be used:\n  test\.jsonl:1: wrong fields: 'text'"):
+        load(tmp_path / "set")
+
+
+def test_labels_are_not_dropped_unnoticed(load: Callable[..., Data], tmp_path: Path) -> None:
+    rows = [good_row("text", n) for n in range(6)] + [good_row("text_label", n) for n in range(5)]
+    path = write(tmp_path / "a.jsonl", rows)
+    with pytest.raises(DataError, match=r"5 of 11 .*\n  a\.jsonl:7: a label, where most rows have text alone"):
+        load(path)
+    assert load(path, data_format="text", valid_fraction=0).report.splits["train"].used == 11
+    assert load(write(tmp_path / "null.jsonl", [row | {"label": None} for row in rows[:6]])).task == "text"
+
+
 def test_labels_that_look_wrong_are_warned_about(load: Callable[..., Data], tmp_path: Path) -> None:
     write(tmp_path / "set" / "train.jsonl", [{"text": f"t{n}", "label": ("Yes", "yes")[n % 2]} for n in range(10)])
     write(tmp_path / "set" / "test.jsonl", [{"text": "t", "label": "maybe"}])

@@ -213,6 +213,18 @@ def test_long_cells_are_read(tmp_path: Path) -> None:
         read(write(tmp_path / "a.csv", b"text\n" + b"x" * (MAX_ROW_BYTES + 1) + b"\n"))
 
 
+def test_gzipped_parquet_is_named() -> None:
+    with pytest.raises(DataError, match=r"rows\.parquet\.gz: Parquet is compressed inside"):
+        file_suffix(Path("rows.parquet.gz"))
+
+
+def test_a_list_in_one_line_may_be_longer_than_a_row(tmp_path: Path) -> None:
+    rows = [{"text": "x" * (MAX_ROW_BYTES // 2)}, {"text": "y" * (MAX_ROW_BYTES + 1)}, {"text": "z" * 2**23}]
+    records = read(write(tmp_path / "a.json", json.dumps(rows).encode()))
+    assert [record.fault for record in records] == [None, "the row is longer than 16 MiB", None]
+    assert records[2] == ("a.json:1 (item 3)", rows[2], None)
+
+
 def test_parquet_text_that_is_not_utf8_costs_only_its_row(tmp_path: Path) -> None:
     table = pa.table({"text": pa.array([b"good", b"caf\xe9", b"fine"]).view(pa.string())})
     pq.write_table(table, tmp_path / "a.parquet")

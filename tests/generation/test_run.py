@@ -107,14 +107,18 @@ def test_a_base_that_moved_is_named(tmp_path: Path) -> None:
 
 
 def test_prompts_come_from_files(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"a\.json: prompts are read from text.*\.jsonl"):
+        read_prompts(PromptConfig(prompts_file="a.json"))
     lines = tmp_path / "prompts.txt"
     lines.write_text("\ufefffirst one\n\nsecond one\n", encoding="utf-8")
     assert [p.text for p in read_prompts(PromptConfig(prompts_file=str(lines)))] == ["first one", "second one"]
     rows = tmp_path / "prompts.jsonl"
     chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    rows.write_text(json.dumps({"prompt": "p"}) + "\n" + json.dumps({"messages": chat}) + "\n")
+    rows.write_text(
+        json.dumps({"prompt": "p\u2028p"}, ensure_ascii=False) + "\n" + json.dumps({"messages": chat}) + "\n"
+    )
     found = read_prompts(PromptConfig(prompts_file=str(rows)))
-    assert [prompt.turns for prompt in found] == [({"role": "user", "content": "p"},), tuple(chat[:2])]
+    assert [prompt.turns for prompt in found] == [({"role": "user", "content": "p\u2028p"},), tuple(chat[:2])]
     assert found[1].place == f"{rows}:2"
 
 

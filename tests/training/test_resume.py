@@ -127,6 +127,7 @@ def test_another_run_is_refused_by_name(place: Path, whole: dict[str, Any]) -> N
     ("knobs", "message"),
     [
         ({"data": "missing.jsonl"}, "missing.jsonl"),
+        ({"data": "TEST_ONLY"}, "no rows to train on, only test"),
         ({"target_modules": ["q_porj"]}, "q_porj"),
         ({"modules_to_save": ["lm_haed"]}, "lm_haed"),
     ],
@@ -134,6 +135,10 @@ def test_another_run_is_refused_by_name(place: Path, whole: dict[str, Any]) -> N
 def test_overwriting_starts_when_everything_is_checked(
     place: Path, whole: dict[str, Any], knobs: dict[str, Any], message: str
 ) -> None:
+    (place / "test-only").mkdir(exist_ok=True)
+    (place / "test-only" / "test.jsonl").write_text((place / "rows.jsonl").read_text())
+    if knobs.get("data") == "TEST_ONLY":
+        knobs = {"data": str(place / "test-only")}
     with pytest.raises(LorafleetError, match=message):
         train(settings(place, "whole", overwrite=True, **knobs))
     assert outcome(place, "whole") == whole

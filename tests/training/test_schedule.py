@@ -24,3 +24,4 @@ def test_rates_equal_transformers(kind: str, warmup: int) -> None:
 def test_warmup_ratio_rounds_up_and_steps_replace_it() -> None:
     assert warmup_steps(TrainingConfig(warmup_ratio=0.03), 34) == 2
     assert warmup_steps(TrainingConfig(warmup_ratio=0.03, warmup_steps=5), 34) == 5
+    assert learning_rate(TrainingConfig(learning_rate=3e-4), 0, 1) == 3e-4  # a run of one step learns

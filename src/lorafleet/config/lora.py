@@ -1,5 +1,6 @@
 """The knobs of one LoRA adapter, under PEFT's names."""
 
+import re
 from typing import Literal
 
 from pydantic import field_validator, model_validator
@@ -57,6 +58,26 @@ class LoraConfig(Section):
             raise ValueError(f"rank_pattern and alpha_pattern need values above 0; see {', '.join(bad)}")
         return self
 
+    @model_validator(mode="after")
+    def _regexes_compile(self) -> "LoraConfig":
+        targets = [self.target_modules] if isinstance(self.target_modules, str) else self.target_modules
+        lists = {"target_modules": targets, "exclude_modules": self.exclude_modules}
+        lists |= {"rank_pattern": list(self.rank_pattern), "alpha_pattern": list(self.alpha_pattern)}
+        faults = [fault for knob_name, names in lists.items() for name in names if (fault := _fault(knob_name, name))]
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
     def scaling(self, r: int, alpha: float) -> float:
         """The effective scale of a module with this rank and alpha."""
         return alpha / r**0.5 if self.use_rslora else alpha / r
+
+
+def _fault(knob_name: str, pattern: str) -> str | None:
+    """Why a pattern is no regex; none where it is one."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        hint = f"; a wildcard is written .* ({pattern.replace('*', '.*')})" if pattern.startswith("*") else ""
+        return f"{knob_name}: {pattern!r} is no valid regex: {error}{hint}"
+    return None

@@ -98,6 +98,8 @@ class _Prepared(NamedTuple):
 def _prepare(record: Record, plan: Plan) -> _Prepared | BadRow:
     if record.fault is not None or plan.shape is None:
         return BadRow(record.fault)
+    if plan.detected and plan.shape == "text" and record.row.get("label") is not None:
+        return BadRow("a label, where most rows have text alone; data_format says which is meant: text_label or text")
     try:
         row = convert_row(plan.shape, record.row)
     except BadRow as fault:

@@ -12,6 +12,7 @@ from lorafleet.errors import DataError
 
 # One row never needs more; a longer line is a damaged file or an attack, and would fill the memory.
 MAX_ROW_BYTES = 16 * 2**20
+TOO_LONG = f"the row is longer than {MAX_ROW_BYTES // 2**20} MiB"
 
 _BOM = b"\xef\xbb\xbf"
 _OTHER_FORMATS = {
@@ -33,10 +34,10 @@ class Line(NamedTuple):
     fault: str | None = None
 
 
-def read_lines(path: Path) -> Iterator[Line]:
+def read_lines(path: Path, limit: int | None = MAX_ROW_BYTES) -> Iterator[Line]:
     """Yield the lines of a UTF-8 text file, gzipped or not; a BOM and CRLF are dropped.
 
-    A line that is not UTF-8 or longer than ``MAX_ROW_BYTES`` comes with a fault. Its bytes that are not UTF-8 are kept
+    A line that is not UTF-8 or has more than ``limit`` bytes comes with a fault. Its bytes that are not UTF-8 are kept
     as lone surrogates, so that a reader that joins lines can still find them.
 
     Raises:
@@ -49,8 +50,8 @@ def read_lines(path: Path) -> Iterator[Line]:
             raw.seek(0)
             stream = cast(BinaryIO, gzip.GzipFile(fileobj=raw) if is_gzip else raw)
             _check_start(path, stream)
-            for number, data in enumerate(_split(stream), start=1):
-                yield _decode(number, data)
+            for number, data in enumerate(_split(stream, limit), start=1):
+                yield _decode(number, data, limit)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(
             f"{path}: the gzip data is damaged after line {number} ({error}); make the file again"
@@ -76,18 +77,21 @@ def _check_start(path: Path, stream: BinaryIO) -> None:
         )
 
 
-def _split(stream: BinaryIO) -> Iterator[bytes]:
+def _split(stream: BinaryIO, limit: int | None) -> Iterator[bytes]:
     """Lines with their ends; of a line that is too long, one byte more than the limit."""
     reader = stream if isinstance(stream, io.BufferedReader) else io.BufferedReader(cast(io.RawIOBase, stream), 2**20)
-    while data := reader.readline(MAX_ROW_BYTES + 1):
+    if limit is None:
+        yield from reader
+        return
+    while data := reader.readline(limit + 1):
         yield data
-        while len(data) > MAX_ROW_BYTES and not data.endswith(b"\n"):
-            data = reader.readline(MAX_ROW_BYTES + 1)
+        while len(data) > limit and not data.endswith(b"\n"):
+            data = reader.readline(limit + 1)
 
 
-def _decode(number: int, data: bytes) -> Line:
-    if len(data) > MAX_ROW_BYTES:
-        return Line(number, "", f"the row is longer than {MAX_ROW_BYTES // 2**20} MiB")
+def _decode(number: int, data: bytes, limit: int | None) -> Line:
+    if limit is not None and len(data) > limit:
+        return Line(number, "", TOO_LONG)
     data = data.removesuffix(b"\n").removesuffix(b"\r").removeprefix(_BOM)
     try:
         return Line(number, data.decode("utf-8"))

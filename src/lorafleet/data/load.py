@@ -26,7 +26,7 @@ from lorafleet.models.digest import remembered_sha256, sha256_json, tokenizer_ha
 logger = logging.getLogger(__name__)
 
 # Part of every cache key; count it up when the same rows would become other tokens.
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What the rows of a source are, decided before any of them is tokenized: their shape, and their labels."""
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from lorafleet.data.sources import Source, Split
 from lorafleet.errors import ConfigError
 
 _ROWS_TO_DETECT = 200
+_WHOLE_NUMBER = re.compile(r"-?[0-9]{1,18}")
 
 
 @dataclass(frozen=True)
@@ -23,11 +25,13 @@ class Plan:
 
     Attributes:
         shape: The shape of its rows; None when no row can be read at all.
+        detected: Whether the shape was detected, not named.
         prompt: For text/label rows, what turns a text into a question.
         label_counts: For text/label rows, the rows of each label in each split.
     """
 
     shape: str | None
+    detected: bool
     prompt: LabelPrompt | None
     label_counts: dict[str, Counter[str]]
 
@@ -51,16 +55,17 @@ def make_plan(source: Source, config: DataConfig) -> Plan:
     """
     if config.prompt_template is not None:
         check_prompt_template(config.prompt_template)
-    shape = _detect(source, config) if config.data_format == "auto" else config.data_format
+    detected = config.data_format == "auto"
+    shape = _detect(source, config) if detected else config.data_format
     if shape is not None and shape != "text_label" and config.prompt_template is not None:
         raise ConfigError(f"prompt_template is for text/label rows; the rows of {config.data} are of the shape {shape}")
     if shape == "text" and config.system_prompt is not None:
         raise ConfigError(f"system_prompt is for conversations; the rows of {config.data} are plain text")
     if shape != "text_label":
-        return Plan(shape, None, {})
+        return Plan(shape, detected, None, {})
     counts = {name: _count_labels(split, config) for name, split in source.splits.items()}
     labels = _sorted({label for part in counts.values() for label in part})
-    return Plan(shape, LabelPrompt(labels, config.prompt_template), counts)
+    return Plan(shape, detected, LabelPrompt(labels, config.prompt_template), counts)
 
 
 def records_of(split: Split, config: DataConfig) -> Iterator[Record]:
@@ -69,12 +74,13 @@ def records_of(split: Split, config: DataConfig) -> Iterator[Record]:
 
 
 def _detect(source: Source, config: DataConfig) -> str | None:
-    """The shape that most of each split's first readable rows fit."""
-    rows: list[tuple[str, dict[str, object]]] = []
+    """The shape that most of the first readable rows fit: of train, as far as there are any."""
     for split in source.splits.values():
         readable = (record for record in records_of(split, config) if record.fault is None)
-        rows += [(record.source, record.row) for record in islice(readable, _ROWS_TO_DETECT)]
-    return detect_shape(rows) if rows else None
+        rows = [(record.source, record.row) for record in islice(readable, _ROWS_TO_DETECT)]
+        if rows:
+            return detect_shape(rows)
+    return None
 
 
 def _count_labels(split: Split, config: DataConfig) -> Counter[str]:
@@ -91,6 +97,6 @@ def _count_labels(split: Split, config: DataConfig) -> Counter[str]:
 
 
 def _sorted(labels: set[str]) -> list[str]:
-    if all(label.lstrip("-").isdecimal() for label in labels):
+    if all(_WHOLE_NUMBER.fullmatch(label) for label in labels):
         return sorted(labels, key=lambda label: (int(label), label))
     return sorted(labels)

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lorafleet.data.conversation import describe
-from lorafleet.data.lines import MAX_ROW_BYTES, Line, not_utf8, read_lines
+from lorafleet.data.lines import MAX_ROW_BYTES, TOO_LONG, Line, not_utf8, read_lines
 from lorafleet.errors import DataError, did_you_mean
 
 _ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
@@ -55,8 +55,10 @@ def file_suffix(path: Path) -> str:
     if suffix not in _READERS:
         raise DataError(
             f"{path}: the suffix {suffix or '(none)'} is not known; rows are read from "
-            f"{', '.join(_READERS)}, each also as .gz{did_you_mean(suffix, _READERS)}"
+            f"{', '.join(_READERS)}, all but Parquet also as .gz{did_you_mean(suffix, _READERS)}"
         )
+    if path.name.lower().endswith(".parquet.gz"):
+        raise DataError(f"{path}: Parquet is compressed inside and cannot be read gzipped; run gunzip on it")
     return suffix
 
 
@@ -104,7 +106,8 @@ def _as_record(row: Any, source: str) -> Record:
 
 def _read_json(path: Path, name: str) -> Iterator[Record]:
     """A list of objects, one object, or JSON Lines under the wrong name."""
-    first = next((line for line in read_lines(path) if line.text.strip() or line.fault), None)
+    # A list may stand in one line, however long; its items are the rows.
+    first = next((line for line in read_lines(path, limit=None) if line.text.strip() or line.fault), None)
     if first is None:
         raise DataError(f"{path} has no rows, only empty lines")
     if first.text.lstrip().startswith("["):
@@ -128,7 +131,7 @@ def _read_json_list(path: Path, name: str) -> Iterator[Record]:
 
     at = skip_space(skip_space(0) + 1)
     while not text.startswith("]", at):
-        number, counted, item = number + text.count("\n", counted, at), at, item + 1
+        number, counted, item, start = number + text.count("\n", counted, at), at, item + 1, at
         try:
             row, at = decoder.raw_decode(text, at)
         except json.JSONDecodeError as error:
@@ -137,7 +140,8 @@ def _read_json_list(path: Path, name: str) -> Iterator[Record]:
             raise _broken_list(path, "nested too deeply", number, 1) from error
         except ValueError as error:
             raise _broken_list(path, str(error), number, 1) from error
-        yield _as_record(row, f"{name}:{number} (item {item})")
+        source = f"{name}:{number} (item {item})"
+        yield Record(source, {}, TOO_LONG) if at - start > MAX_ROW_BYTES else _as_record(row, source)
         at = skip_space(at)
         if text.startswith(",", at):
             at = skip_space(at + 1)
@@ -156,7 +160,7 @@ def _broken_list(path: Path, reason: str, line: int, column: int) -> DataError:
 
 def _whole_text(path: Path) -> str:
     lines = []
-    for line in read_lines(path):
+    for line in read_lines(path, limit=None):
         if line.fault:
             raise DataError(f"{path}:{line.number}: {line.fault}")
         lines.append(line.text)

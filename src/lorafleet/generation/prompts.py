@@ -13,6 +13,7 @@ from lorafleet.config.use import PromptConfig
 from lorafleet.data.encode import ChatEncoder
 from lorafleet.errors import ConfigError, DataError, raise_all
 
+_OTHER_FORMATS = (".json", ".csv", ".tsv", ".parquet", ".gz", ".yaml", ".yml")
 _ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -43,8 +44,10 @@ def read_prompts(config: PromptConfig) -> list[Prompt]:
         return [Prompt(({"role": "user", "content": text},), f"prompt {i + 1}") for i, text in enumerate(texts)]
     assert config.prompts_file is not None
     path = Path(config.prompts_file).expanduser()
+    if path.suffix in _OTHER_FORMATS:
+        raise ConfigError(f"prompts_file {path}: prompts are read from text, one a line, or from rows in a .jsonl file")
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"prompts_file {path} cannot be read as UTF-8 text: {error}") from error
     prompts, faults = [], []

@@ -86,7 +86,7 @@ class Population:
                 self._note_step(member, window, total / max(1, window.targets), norm, rate, seconds)
 
     def _passes(self, active: Sequence[Member], present: list[int]) -> list[list[int]]:
-        """Which members share a forward pass: all. But a dropout mask covers the padding, which the longest row sets."""
+        """Which members share a forward pass: all, unless dropout masks cover padding, sized by the longest row."""
         dropout = any(config.lora_dropout for n in present if (config := self.bank.configs[active[n].slot]))
         return [present] if self.loss_model.flat or not dropout else [[number] for number in present]
 

@@ -15,7 +15,7 @@ from lorafleet.config.model import ModelConfig
 from lorafleet.config.training import RunConfig, TrainingConfig
 from lorafleet.data.load import Data, load_data
 from lorafleet.data.store import TokenRow
-from lorafleet.errors import ConfigError, Interrupted, TrainingError
+from lorafleet.errors import ConfigError, DataError, Interrupted, TrainingError
 from lorafleet.evaluation.measure import measure
 from lorafleet.evaluation.token_loss import LossModel
 from lorafleet.files.deployability import deployability
@@ -65,6 +65,8 @@ def train(config: Mapping[str, Any] | str | Path | None = None, /, **knobs: Any)
         _prepare_machine(run)
         base = load_base(model_config)
         data = load_data(data_config, base.tokenizer)
+        if "train" not in data.splits:
+            raise DataError(f"{data_config.data} has no rows to train on, only {', '.join(data.splits)}")
         logger.info("%s", as_text(data.report.render()))
         bank = inject_lora(base.model, lora_config, seed=training.seed)
         if run.gradient_checkpointing:

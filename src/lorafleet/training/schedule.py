@@ -6,8 +6,10 @@ from lorafleet.config.training import TrainingConfig
 
 
 def warmup_steps(config: TrainingConfig, total_steps: int) -> int:
-    """Steps in which the rate rises from 0."""
-    return config.warmup_steps if config.warmup_steps is not None else math.ceil(total_steps * config.warmup_ratio)
+    """Steps in which the rate rises from 0; a ratio is rounded up, but leaves a step at the full rate."""
+    if config.warmup_steps is not None:
+        return config.warmup_steps
+    return min(math.ceil(total_steps * config.warmup_ratio), total_steps - 1)
 
 
 def learning_rate(config: TrainingConfig, step: int, total_steps: int) -> float:
