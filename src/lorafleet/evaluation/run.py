@@ -147,9 +147,8 @@ def choose_rows(config: DataConfig, settings: EvaluationConfig, adapted: Adapted
     """
     data = load_data(config, adapted.base.tokenizer)
     trained_on = _trained_on(data, config, adapted.adapter)
-    if trained_on:
-        config = as_trained(config, adapted.adapter, _HELD_OUT_BY)
-        data = load_data(config, adapted.base.tokenizer)
+    if trained_on and (as_then := as_trained(config, adapted.adapter, _HELD_OUT_BY)) != config:
+        config, data = as_then, load_data(as_then, adapted.base.tokenizer)
     warnings = _label_warnings(data, adapted.adapter)
     train = data.report.splits.get("train")
     held_out = train is not None and train.held_out > 0

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from lorafleet.data.batches import FlatBatch, Part, TrainRow, collate
+from lorafleet.generation.pace import Pace
 from lorafleet.lora import LoraBank, Routing
 from lorafleet.lora.layer import mix_key
 from lorafleet.lora.packed import PackedWeight, pack
@@ -204,6 +205,7 @@ def mean_losses(
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].input_ids))
     sums: list[list[float]] = [[] for _ in slots]
     counts = [0] * len(slots)
+    pace = Pace("rows measured", len(order))
     with torch.no_grad():
         for start in range(0, len(order), batch_size):
             chosen = [rows[i] for i in order[start : start + batch_size]]
@@ -211,4 +213,5 @@ def mean_losses(
             for number, (loss, count) in enumerate(zip(loss_model(batch).parts, batch.part_targets, strict=True)):
                 sums[number].append(loss)
                 counts[number] += count
+            pace.add(len(chosen))
     return [(math.fsum(s) / n if n else math.nan, n) for s, n in zip(sums, counts, strict=True)]
