@@ -2,9 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import lorafleet
 from lorafleet.cli import show
 from lorafleet.cli.main import main
 from lorafleet.cli.quickstart import KNOBS, REVIEWS, quickstart
@@ -41,6 +43,31 @@ def test_it_runs_twice_with_the_same_bytes(tmp_path: Path, capsys: pytest.Captur
     shown = capsys.readouterr().out
     for part in ("accuracy", "always negative", REVIEWS[0], second.adapter_sha256, "lorafleet inspect"):
         assert part in shown
+
+
+@pytest.mark.parametrize(
+    ("flags", "overwrite"),
+    [
+        ([], True),
+        (["--no-overwrite"], False),
+        (["--output", "elsewhere"], None),
+        (["--output", "elsewhere", "--overwrite-output-dir"], True),
+        (["--resume"], None),
+        (["--resume", "runs/quickstart/checkpoint-100"], None),
+    ],
+)
+def test_only_its_own_folder_is_replaced(
+    flags: list[str], overwrite: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[dict[str, Any]] = []
+
+    def record(_: Any, **knobs: Any) -> None:
+        given.append({name.replace("overwrite_output_dir", "overwrite"): value for name, value in knobs.items()})
+        raise CheckpointError("seen enough")
+
+    monkeypatch.setattr(lorafleet, "train", record)
+    assert main(["quickstart", *flags]) == 1
+    assert given[0].get("overwrite") == overwrite
 
 
 def test_its_flags_reach_train(capsys: pytest.CaptureFixture[str]) -> None:

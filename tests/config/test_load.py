@@ -236,3 +236,8 @@ def test_sections_that_contradict_each_other_are_not_dumped() -> None:
 def test_what_is_no_regex_is_named_with_its_knob(knob: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=rf"{knob}: '\*_proj' is no valid regex: .*written \.\* \(\.\*_proj\)"):
         load_sections((LoraConfig,), None, {knob: value})
+
+
+def test_a_pattern_that_is_a_regex_by_itself_alone_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"rank_pattern: '\(\?i\)Q_PROJ' is no valid regex: global flags"):
+        load_sections((LoraConfig,), None, {"rank_pattern": {"(?i)Q_PROJ": 4}})

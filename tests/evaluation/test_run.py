@@ -141,7 +141,19 @@ def test_the_rows_that_training_held_out_are_measured(tmp_path: Path) -> None:
         assert measured == {row.source for row in wanted}
         assert bool(found.warnings) == (not fraction)
         other = evaluate(adapter=adapter, data=str(moved), base=False, split="valid", valid_fraction=0.5)
-        assert "trained on" in other.warnings[0]
+        assert "may have been trained on" in other.warnings[0] and f"valid_fraction = {fraction}" in other.warnings[0]
+
+
+def test_the_limits_of_training_cut_the_held_out_rows_and_not_the_test_rows(tmp_path: Path) -> None:
+    base, folder = str(tiny_base_folder(tmp_path / "base", "llama")), tmp_path / "set"
+    write_rows(folder / "train.jsonl", [*label_rows(24), {"text": "", "label": "good"}])
+    write_rows(folder / "test.jsonl", label_rows(12, 24))
+    adapter = str(tmp_path / "run")
+    train(model=base, data=str(folder), output_dir=adapter, max_steps=1, max_rows=8, on_bad_rows="skip")
+    found = evaluate(adapter=adapter, data=str(folder), base=False, on_bad_rows="skip")
+    assert (found.split, found.rows, found.warnings) == ("test", 12, ())
+    held_out = evaluate(adapter=adapter, data=str(folder), base=False, split="valid")  # skips the bad row as then
+    assert (held_out.rows, held_out.warnings) == (1, ())
 
 
 def test_answers_are_generated_and_compared(tmp_path: Path) -> None:

@@ -158,7 +158,10 @@ def test_names_that_match_nothing_are_left_aside_as_peft_does(tmp_path: Path) ->
         inject_lora(gpt_neox, without_absent(gpt_neox, adapter.config))
 
 
-@pytest.mark.parametrize("names", [["norm"], ["embed_tokens", "norm"], ["input_layernorm", "lm_head"]])
+@pytest.mark.parametrize(
+    "names",
+    [["norm"], ["embed_tokens", "norm"], ["input_layernorm", "lm_head"], ["model.norm", "norm"]],
+)
 def test_saved_modules_cross_over_under_short_names(names: list[str], tmp_path: Path) -> None:
     """PEFT takes every module whose path ends in the letters of a name, lorafleet only whole parts of a path."""
     fields: dict[str, Any] = {"r": 4, "target_modules": ["q_proj"], "modules_to_save": names}

@@ -220,3 +220,10 @@ def test_checkpoint_recomputation_uses_the_routing_of_the_forward(fast: bool) ->
 
     for plain, recomputed in zip(run(False), run(True), strict=True):
         torch.testing.assert_close(recomputed, plain, rtol=1e-10, atol=1e-10)
+
+
+def test_a_saved_module_holds_what_is_inside_it() -> None:
+    bank = inject_lora(
+        tiny_model("llama"), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["mlp", "up_proj"])
+    )
+    assert sorted(bank.saved) == ["model.layers.0.mlp", "model.layers.1.mlp"]

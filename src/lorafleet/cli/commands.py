@@ -1,5 +1,6 @@
 """The commands: for each its words, its sections, the library function it calls, and how its result is shown."""
 
+import gc
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -120,7 +121,8 @@ COMMANDS = (
 QUICKSTART = Command(
     "quickstart",
     "quickstart",
-    "Fine-tune a small model on film reviews, test it beside its base, merge it: minutes on two cores, offline.",
+    "Fine-tune a small model on film reviews, test it beside its base, merge it: minutes on two cores, offline. "
+    "An earlier run in runs/quickstart is replaced; one in another folder only with --overwrite.",
     (LoraConfig, TrainingConfig, RunConfig),
     argument=None,
     defaults=KNOBS,
@@ -157,7 +159,9 @@ def _click_command(command: Command, parents: str = "lorafleet") -> click.Comman
         if command.streams and not values["json"]:
             knobs["on_text"] = partial(click.echo, nl=False, file=sys.stdout)
         with reporting(values["debug"]):
-            result = command.function(*positional, **knobs)
+            function = command.function
+            gc.freeze()  # what the imports made stays; collecting among it would cost a third of a short command
+            result = function(*positional, **knobs)
         if values["json"]:
             print_json(result if isinstance(result, dict) else result.as_dict())
         else:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lorafleet
+from lorafleet.config import DataConfig, LoraConfig, ModelConfig, RunConfig, TrainingConfig, load_sections
 
 if TYPE_CHECKING:
     from lorafleet.evaluation.run import EvalResult
@@ -72,14 +73,16 @@ def quickstart(**knobs: Any) -> QuickstartResult:
     """Train on film reviews, measure base and adapter on the test rows, let both answer, merge and verify.
 
     Args:
-        knobs: Knobs of ``lorafleet.train``; they override ``KNOBS``. A run before it in the same folder is replaced,
-            unless ``output_dir`` names another folder; then that takes ``overwrite``.
+        knobs: Knobs of ``lorafleet.train``; they override ``KNOBS``. An earlier run in its own folder is replaced; one
+            in another ``output_dir`` only with ``overwrite``.
 
     Returns:
         The results of the four steps.
     """
-    resumes = knobs.get("resume_from_checkpoint", False)
-    overwrite = knobs.setdefault("overwrite", "output_dir" not in knobs and not resumes)
+    run = load_sections((ModelConfig, DataConfig, LoraConfig, TrainingConfig, RunConfig), KNOBS, knobs)[-1]
+    replaces = run.output_dir == KNOBS["output_dir"] and not run.resume_from_checkpoint
+    if replaces and "overwrite" not in run.model_fields_set:
+        knobs["overwrite"] = True
     logger.info("1/4 training an adapter")
     trained = lorafleet.train(KNOBS, **knobs)
     folder = Path(trained.output_dir)
@@ -90,7 +93,7 @@ def quickstart(**knobs: Any) -> QuickstartResult:
     logger.info("3/4 answering three new reviews")
     generated = lorafleet.generate(adapter=trained.adapter, prompt=_questions(), base=True, max_new_tokens=12)
     logger.info("4/4 merging the adapter into its base")
-    merged = lorafleet.merge(adapter=trained.adapter, output_dir=str(folder / "merged"), overwrite=overwrite or resumes)
+    merged = lorafleet.merge(adapter=trained.adapter, output_dir=str(folder / "merged"), overwrite=True)
     weights = (Path(trained.adapter) / "adapter_model.safetensors").read_bytes()
     return QuickstartResult(trained, evaluated, generated, merged, hashlib.sha256(weights).hexdigest())
 

@@ -13,6 +13,7 @@ from lorafleet.config.load import load_sections
 from lorafleet.config.model import ModelConfig
 from lorafleet.config.use import AdapterConfig, EvaluationConfig, GenerationConfig
 from lorafleet.data.load import Data, load_data
+from lorafleet.data.sources import Source, find_source
 from lorafleet.data.store import TokenRow
 from lorafleet.errors import ConfigError, DataError
 from lorafleet.evaluation.measure import measure, prompt_of, references_of, short_answer
@@ -145,25 +146,27 @@ def choose_rows(config: DataConfig, settings: EvaluationConfig, adapted: Adapted
     Raises:
         DataError: The split that was asked for is not there.
     """
+    source = find_source(config.data)
+    trained_on = _trained_on(source, config, adapted.adapter)
+    named = settings.split if "split" in settings.model_fields_set else None
+    if trained_on and (named or ("test" if "test" in source.splits else "valid")) != "test":
+        config = as_trained(config, adapted.adapter, _HELD_OUT_BY)
     data = load_data(config, adapted.base.tokenizer)
-    trained_on = _trained_on(data, config, adapted.adapter)
-    if trained_on and (as_then := as_trained(config, adapted.adapter, _HELD_OUT_BY)) != config:
-        config, data = as_then, load_data(as_then, adapted.base.tokenizer)
     warnings = _label_warnings(data, adapted.adapter)
     train = data.report.splits.get("train")
     held_out = train is not None and train.held_out > 0
-    seen = {"train", "valid"} if held_out and _differs(config, adapted.adapter) else {"train"}
-    if "split" in settings.model_fields_set or "test" in data.splits:
-        if settings.split not in data.splits:
-            raise DataError(f"{config.data} has no split {settings.split!r}; it has {', '.join(data.splits)}")
+    if named is not None or "test" in data.splits:
         split = settings.split
+        if split not in data.splits:
+            raise DataError(f"{config.data} has no split {split!r}; it has {', '.join(data.splits)}")
     elif held_out and "valid_fraction" not in config.model_fields_set and not trained_on:
         data, split = load_data(config.model_copy(update={"valid_fraction": 0.0}), adapted.base.tokenizer), "train"
     else:
         split = "valid" if "valid" in data.splits else "train"
-    if trained_on and split in seen:
-        warnings.append("rows among these were trained on; the numbers say nothing about new ones")
-        logger.warning("%s", warnings[-1])
+    if trained_on and split == "train":
+        warnings.append("these rows were trained on; the numbers say nothing about new ones")
+    elif trained_on and split == "valid" and held_out and (others := _other_knobs(config, adapted.adapter)):
+        warnings.append(f"some of these rows may have been trained on: training held out others, by {others}")
     return data, split, warnings
 
 
@@ -174,18 +177,19 @@ def _check_knobs(adapter: AdapterConfig, settings: EvaluationConfig) -> None:
         raise ConfigError(f"predictions = {settings.predictions!r} is a folder; name a file")
 
 
-def _trained_on(data: Data, config: DataConfig, adapter: Adapter | None) -> bool:
+def _trained_on(source: Source, config: DataConfig, adapter: Adapter | None) -> bool:
     if adapter is None:
         return False
     trained = adapter.metadata.get("data", {}).get("data")
     same_path = trained is not None and Path(trained).absolute() == Path(config.data).absolute()
-    return same_path or adapter.metadata.get("source_hash") == data.source_hash
+    return same_path or adapter.metadata.get("source_hash") == source.bytes_hash
 
 
-def _differs(config: DataConfig, adapter: Adapter | None) -> bool:
-    """Whether other rows are held out than the adapter's training held out."""
+def _other_knobs(config: DataConfig, adapter: Adapter | None) -> str:
+    """The knobs of holding out that differ from the adapter's training, with the values they had there."""
     trained = adapter.metadata.get("data", {}) if adapter is not None else {}
-    return any(getattr(config, key) != trained[key] for key in _HELD_OUT_BY if key in trained)
+    differing = [key for key in _HELD_OUT_BY if key in trained and getattr(config, key) != trained[key]]
+    return ", ".join(f"{key} = {trained[key]!r}" for key in differing)
 
 
 def _label_warnings(data: Data, adapter: Adapter | None) -> list[str]:

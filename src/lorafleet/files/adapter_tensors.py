@@ -33,14 +33,14 @@ def saved_modules(names: Sequence[str], tensors: Iterable[str], *, letters: bool
     Returns:
         The outermost module for each tensor, in the order of ``tensors``; then the names that have none.
     """
-    paths = [name.removeprefix(PREFIX).split(".") for name in tensors if not _FACTOR.fullmatch(name)]
-    found: dict[str, str] = {}
-    for parts in paths:
-        heads = (".".join(parts[:end]) for end in range(1, len(parts)))
-        matches = ((h, n) for h in heads for n in names if (h.endswith(n) if letters else f".{h}".endswith(f".{n}")))
-        found.update([next(matches, ("", ""))])
-    found.pop("", None)
-    return [*found, *(name for name in names if name not in found.values())]
+    dot = "" if letters else "."
+    found, used = dict[str, None](), set[str]()
+    for parts in (name.removeprefix(PREFIX).split(".") for name in tensors if not _FACTOR.fullmatch(name)):
+        heads = [".".join(parts[:end]) for end in range(1, len(parts))]
+        matches = [(head, name) for head in heads for name in names if (dot + head).endswith(dot + name)]
+        found |= dict.fromkeys(head for head, _ in matches[:1])
+        used |= {name for _, name in matches}
+    return [*found, *(name for name in names if name not in used)]
 
 
 def in_order(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

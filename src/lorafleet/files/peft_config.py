@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from pydantic import ValidationError
@@ -91,15 +92,14 @@ def from_peft(fields: Mapping[str, Any], tensors: Collection[str]) -> tuple[Lora
         values.pop("layers_to_transform", None)
     for name in ("rank_pattern", "alpha_pattern"):
         if isinstance(values.get(name), dict):
-            try:
+            with suppress(re.error):  # LoraConfig names the pattern
                 values[name] = _used(values[name], modules)
-            except re.error as error:
-                faults.append(f"{name} holds no valid regex: {error}")
     try:
         config = LoraConfig(**values)
     except ValidationError as error:
         faults += [
-            f"{'.'.join(map(str, e['loc'])) or 'config'}: {e['msg']}, got {e['input']!r}" for e in error.errors()
+            f"{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}" if e["loc"] else e["msg"]
+            for e in error.errors()
         ]
         return None, faults
     return (None if faults else config), faults

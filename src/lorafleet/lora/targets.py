@@ -145,7 +145,7 @@ def in_saved(name: str, path: str) -> bool:
 
 
 def find_saved(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
-    """Find the modules that ``modules_to_save`` names, by path.
+    """Find the modules that ``modules_to_save`` names, by path; of a module and what is inside it, the module.
 
     Raises:
         ConfigError: A name matches no module; the message names the nearest.
@@ -159,4 +159,4 @@ def find_saved(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
             faults.append(f"modules_to_save: {name!r} matches no module{did_you_mean(name, leaves)}")
         chosen.update(found)
     raise_all(ConfigError, faults, "the adapter does not fit the model")
-    return chosen
+    return {path: module for path, module in chosen.items() if not any(path.startswith(f"{o}.") for o in chosen)}

@@ -81,14 +81,14 @@ def train(config: Mapping[str, Any] | str | Path | None = None, /, **knobs: Any)
             return measure(base, bank, slot, data, held_out, batch_size=size) if held_out else {}
 
         resume_step = state.restore(checkpoint) if checkpoint else 0
-        if run.overwrite:  # only now, when nothing of this run can be wrong any more
-            clear_run(output_dir, keep=checkpoint)
-        write_settings(output_dir, settings)
         if checkpoint:
             logger.info("going on from %s, step %d of %d", checkpoint, resume_step, member.total_steps)
         else:
             logger.info("measuring the base on %d held-out rows", len(held_out))
             state.extra["before"] = measured(-1)
+        if run.overwrite:  # only now, when all is checked and the base is measured
+            clear_run(output_dir, keep=checkpoint)
+        write_settings(output_dir, settings)
         _run(base, bank, member, run, state, output_dir, resume_step)
         if run.load_best_model_at_end and member.restore_best():
             logger.info("taking the adapter of step %d, the lowest held-out loss", member.progress.best_step)
