@@ -56,6 +56,7 @@ def with_content(shape: str, value: Any) -> dict[str, Any]:
 SHAPES = ["messages", "sharegpt", "alpaca", "prompt_completion", "text_label", "text"]
 BAD: dict[str, tuple[Callable[[str], bytes], str]] = {
     "broken JSON": (lambda shape: json.dumps(good_row(shape, 0)).encode()[:-3], "broken JSON"),
+    "cut in a text": (lambda shape: b'{"text": "broken', "broken JSON: Unterminated string starting at column 10"),
     "wrong fields": (lambda shape: b'{"foo": "x", "bar": "y"}', "wrong fields: 'foo', 'bar'"),
     "wrong type": (lambda shape: json.dumps(with_content(shape, 12)).encode(), "must be text, not the number 12"),
     "null": (lambda shape: json.dumps(with_content(shape, None)).encode(), "must be text, not null"),

@@ -105,6 +105,8 @@ def test_names_that_are_no_base(folder: Path, tmp_path: Path) -> None:
         load_base(config("a/b/c"))
     with pytest.raises(ModelError, match=r"is a file; a base is a folder"):
         load_base(config(folder / "config.json"))
+    with pytest.raises(ModelError, match="called 'smolm2-135m'; did you mean 'smollm2-135m'"):
+        load_base(config("smolm2-135m"))
     with pytest.raises(ConfigError, match="revision = 'v2' is for hub models"):
         load_base(config(folder, revision="v2"))
     (tmp_path / "empty").mkdir()

@@ -88,7 +88,7 @@ def _parse(line: Line, source: str) -> Record:
     try:
         row = json.loads(line.text)
     except json.JSONDecodeError as error:
-        return Record(source, {}, f"broken JSON: {error.msg} at column {error.colno}")
+        return Record(source, {}, f"broken JSON: {error.msg.removesuffix(' at')} at column {error.colno}")
     except RecursionError:
         return Record(source, {}, "broken JSON: nested too deeply")
     except ValueError as error:  # a number with thousands of digits
@@ -135,7 +135,7 @@ def _read_json_list(path: Path, name: str) -> Iterator[Record]:
         try:
             row, at = decoder.raw_decode(text, at)
         except json.JSONDecodeError as error:
-            raise _broken_list(path, error.msg, error.lineno, error.colno) from error
+            raise _broken_list(path, error.msg.removesuffix(" at"), error.lineno, error.colno) from error
         except RecursionError as error:
             raise _broken_list(path, "nested too deeply", number, 1) from error
         except ValueError as error:

@@ -65,6 +65,8 @@ def find_source(config: ModelConfig) -> Source:
     if path.suffix.lower() == ".gguf" or not _HUB_ID.fullmatch(given):
         near = did_you_mean(path.name, [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else [])
         raise ModelError(f"no base model at {given!r}: the path does not exist{near}")
+    if "/" not in given and (near := did_you_mean(given, [DEMO_BASE])):
+        raise ModelError(f"no base model called {given!r}{near} A hub id is written organisation/{given}")
     return Source(given, given, revision=config.revision)
 
 
