@@ -77,6 +77,15 @@ def test_files_of_the_user_are_not_replaced(tmp_path: Path, name: str) -> None:
         assert (tmp_path / name).read_text() == "mine"  # until the run has something to put in its place
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_checkpoints_of_other_tools_are_not_touched(tmp_path: Path, overwrite: bool) -> None:
+    (tmp_path / "checkpoint-500").mkdir()
+    (tmp_path / "checkpoint-500" / "optimizer.pt").write_text("theirs")
+    with pytest.raises(CheckpointError, match="holds checkpoint-500, which lorafleet did not write"):
+        opened(tmp_path, overwrite=overwrite)
+    assert (tmp_path / "checkpoint-500" / "optimizer.pt").read_text() == "theirs"
+
+
 @pytest.mark.parametrize("name", ["adapter_config.json", "result.json"])
 def test_a_finished_run_without_checkpoints_is_not_trained_again(tmp_path: Path, name: str) -> None:
     (tmp_path / SETTINGS).write_text("r: 8")

@@ -83,6 +83,7 @@ def quickstart(**knobs: Any) -> QuickstartResult:
     replaces = run.output_dir == KNOBS["output_dir"] and not run.resume_from_checkpoint
     if replaces and "overwrite" not in run.model_fields_set:
         knobs["overwrite"] = True
+    overwrite = replaces or run.overwrite or bool(run.resume_from_checkpoint)
     logger.info("1/4 training an adapter")
     trained = lorafleet.train(KNOBS, **knobs)
     folder = Path(trained.output_dir)
@@ -93,7 +94,7 @@ def quickstart(**knobs: Any) -> QuickstartResult:
     logger.info("3/4 answering three new reviews")
     generated = lorafleet.generate(adapter=trained.adapter, prompt=_questions(), base=True, max_new_tokens=12)
     logger.info("4/4 merging the adapter into its base")
-    merged = lorafleet.merge(adapter=trained.adapter, output_dir=str(folder / "merged"), overwrite=True)
+    merged = lorafleet.merge(adapter=trained.adapter, output_dir=str(folder / "merged"), overwrite=overwrite)
     weights = (Path(trained.adapter) / "adapter_model.safetensors").read_bytes()
     return QuickstartResult(trained, evaluated, generated, merged, hashlib.sha256(weights).hexdigest())
 

@@ -77,7 +77,7 @@ def _fault(knob_name: str, pattern: str) -> str | None:
     """Why a pattern is no regex; none where it is one."""
     try:
         re.compile(rf"(.*\.)?({pattern})$" if knob_name.endswith("_pattern") else pattern)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         hint = f"; a wildcard is written .* ({pattern.replace('*', '.*')})" if pattern.startswith("*") else ""
         return f"{knob_name}: {pattern!r} is no valid regex: {error}{hint}"
     return None

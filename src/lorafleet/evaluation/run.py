@@ -149,8 +149,10 @@ def choose_rows(config: DataConfig, settings: EvaluationConfig, adapted: Adapted
     source = find_source(config.data)
     trained_on = _trained_on(source, config, adapted.adapter)
     named = settings.split if "split" in settings.model_fields_set else None
-    if trained_on and (named or ("test" if "test" in source.splits else "valid")) != "test":
-        config = as_trained(config, adapted.adapter, _HELD_OUT_BY)
+    if trained_on:
+        config = as_trained(config, adapted.adapter, ("data_format",))
+        if "valid" not in source.splits and (named or ("test" if "test" in source.splits else "valid")) != "test":
+            config = as_trained(config, adapted.adapter, _HELD_OUT_BY)
     data = load_data(config, adapted.base.tokenizer)
     warnings = _label_warnings(data, adapted.adapter)
     train = data.report.splits.get("train")

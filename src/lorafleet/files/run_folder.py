@@ -69,6 +69,11 @@ def _check(output_dir: Path, resume: str | bool, overwrite: bool) -> Path | None
         raise CheckpointError(f"{output_dir} is a file; output_dir is a folder")
     if (output_dir / "config.json").exists():
         raise CheckpointError(f"{output_dir} holds a model; choose another output_dir")
+    foreign = [path.name for path in output_dir.glob("checkpoint-*") if _is_foreign(path)]
+    if foreign:
+        raise CheckpointError(
+            f"{output_dir} holds {', '.join(sorted(foreign))}, which lorafleet did not write; choose another output_dir"
+        )
     if resume is True and overwrite:
         raise CheckpointError("resume_from_checkpoint and overwrite contradict each other; give one of them")
     has_run = any((output_dir / mark).exists() for mark in _MARKS) or newest_checkpoint(output_dir) is not None
@@ -88,6 +93,11 @@ def _check(output_dir: Path, resume: str | bool, overwrite: bool) -> Path | None
             "or --overwrite if they may go"
         )
     return checkpoint
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether a folder named like a checkpoint is another tool's, whose place a checkpoint of this run could take."""
+    return path.is_dir() and any(path.iterdir()) and not (path / "manifest.json").exists()
 
 
 def _own_checkpoint(output_dir: Path, has_run: bool) -> Path | None:
