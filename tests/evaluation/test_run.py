@@ -239,3 +239,15 @@ def test_references_of_a_row() -> None:
     assert (short_answer(several), references_of(several)) == (None, ["a", "b"])
     number = TokenRow(ids, mask, "x:1", 1, "work #### 3", (), "3")
     assert (short_answer(number), references_of(number)) == ("3", ["3"])
+
+
+def test_the_rows_are_read_as_in_training_and_a_valid_file_is_measured_whole(tmp_path: Path) -> None:
+    base, folder = str(tiny_base_folder(tmp_path / "base", "llama")), tmp_path / "set"
+    for number, name in enumerate(("train", "valid", "test")):
+        write_rows(folder / f"{name}.jsonl", label_rows(12, 12 * number))
+    adapter = str(tmp_path / "run")
+    train(model=base, data=str(folder), output_dir=adapter, max_steps=1, max_rows=4, data_format="text")
+    found = evaluate(adapter=adapter, data=str(folder), base=False)
+    assert (found.split, found.rows, found.task) == ("test", 12, "text")
+    valid = evaluate(adapter=adapter, data=str(folder), base=False, split="valid")
+    assert (valid.rows, valid.task, valid.warnings) == (12, "text", ())

@@ -17,6 +17,7 @@ import lorafleet
 from lorafleet.config.lora import LoraConfig
 from lorafleet.errors import CheckpointError
 from lorafleet.files.adapter import CONFIG, MANIFEST, WEIGHTS
+from lorafleet.files.checkpoint import MANIFEST as CHECKPOINT_MANIFEST
 from lorafleet.files.checkpoint import load_checkpoint, newest_checkpoint
 from lorafleet.models.machine import package_versions
 
@@ -97,7 +98,7 @@ def _check(output_dir: Path, resume: str | bool, overwrite: bool) -> Path | None
 
 def _is_foreign(path: Path) -> bool:
     """Whether a folder named like a checkpoint is another tool's, whose place a checkpoint of this run could take."""
-    return path.is_dir() and any(path.iterdir()) and not (path / "manifest.json").exists()
+    return path.is_dir() and any(path.iterdir()) and not (path / CHECKPOINT_MANIFEST).exists()
 
 
 def _own_checkpoint(output_dir: Path, has_run: bool) -> Path | None:
