@@ -68,7 +68,8 @@ class Result:
         peak_memory_bytes: Most memory that the process held while it loaded and trained.
         settings: What was chosen for this peer, in words.
         versions: Of the packages that do the work.
-        products: Seconds that matrix products alone need, see ``matmul_peak``.
+        products: Seconds that the matrix products of all tokens need, see ``matmul_peak``.
+        products_once: The same where a beginning that all rows of a batch share is computed once.
         bare_seconds: Of the bare base on each step's batch, after the last step: forward and backward, no optimizer.
     """
 
@@ -79,6 +80,7 @@ class Result:
     settings: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     products: dict[str, Any] = field(default_factory=dict)
+    products_once: dict[str, Any] = field(default_factory=dict)
     bare_seconds: list[float] = field(default_factory=list)
 
 

@@ -74,22 +74,34 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class BatchShape:
-    """What of a batch decides its products: the lengths of its sequences and its supervised tokens."""
+    """What of a batch decides its products.
+
+    Args:
+        lengths: Tokens of each sequence.
+        targets: Supervised tokens.
+        prompt: Tokens with which all sequences begin alike, if they are to be computed once; attention is not.
+    """
 
     lengths: tuple[int, ...]
     targets: int
+    prompt: int = 0
 
     @property
     def tokens(self) -> int:
         """Real tokens."""
         return sum(self.lengths)
 
+    @property
+    def computed(self) -> int:
+        """Tokens that go through the linear layers."""
+        return self.tokens - self.prompt * (len(self.lengths) - 1)
+
 
 def step_products(model: ModelShape, batch: BatchShape) -> Counter[Product]:
     """Every product of one training step and how often it occurs."""
     found: Counter[Product] = Counter()
     for layer in model.linears:
-        found.update(_linear_products(layer, batch.tokens))
+        found.update(_linear_products(layer, batch.computed))
     found[Product("head", batch.targets, model.hidden, model.vocabulary)] += 1
     found[Product("head", batch.targets, model.vocabulary, model.hidden)] += 1
     for length, count in Counter(batch.lengths).items():

@@ -110,8 +110,10 @@ class PeerSummary:
         tokens_per_second_whole: Real tokens, all timed steps of each round together.
         ratio_whole: The same ratio of those.
         peak_memory_bytes: Most over the rounds.
-        share: Time that the matrix products need at the best kernel, over the time that the peer took.
+        share: Time that the matrix products of all tokens need at the best kernel, over the time that the peer took.
         share_with_attention: The same, with attention's products counted as needed too.
+        share_once: The latter for the products that are left when what a batch's rows begin with is computed once;
+            None for peers, which compute it for each row.
     """
 
     tokens_per_second: Spread
@@ -121,6 +123,7 @@ class PeerSummary:
     peak_memory_bytes: int
     share: Spread
     share_with_attention: Spread
+    share_once: Spread | None
 
 
 def needed_rate(products: dict[str, Any], groups: tuple[str, ...] = NEEDED) -> float:
@@ -144,6 +147,11 @@ def summarize_peer(peer: str, rounds: list[dict[str, Run]]) -> PeerSummary:
         share_with_attention=spread(
             [run.tokens_per_second / needed_rate(our.result.products, (*NEEDED, "attention")) for our, run in pairs]
         ),
+        share_once=None
+        if peer != OURS
+        else spread(
+            [our.tokens_per_second / needed_rate(our.result.products_once, (*NEEDED, "attention")) for our in ours]
+        ),
     )
 
 
@@ -154,14 +162,16 @@ class BareSummary:
     Args:
         tokens_per_second: Real tokens, median step of each round.
         ratio: lorafleet's rate over this one: of each pair of steps on the same batch, the median of each round.
-        share: Time that its products need at the best kernel, LoRA's not among them, over the time taken.
+        share: Time that the products of all tokens need at the best kernel, LoRA's not among them, over the time taken.
         share_with_attention: The same, with attention's products counted as needed too.
+        share_once: The latter for the products that are left when what a batch's rows begin with is computed once.
     """
 
     tokens_per_second: Spread
     ratio: Spread
     share: Spread
     share_with_attention: Spread
+    share_once: Spread
 
 
 def summarize_bare(rounds: list[dict[str, Run]], skipped: int) -> BareSummary:
@@ -175,9 +185,11 @@ def summarize_bare(rounds: list[dict[str, Run]], skipped: int) -> BareSummary:
         median(bare / s for bare, s in zip(result.bare_seconds[skipped:], result.seconds[skipped:], strict=True))
         for result in results
     ]
+    with_attention = (*NEEDED_BARE, "attention")
+    needs = (("products", NEEDED_BARE), ("products", with_attention), ("products_once", with_attention))
     shares = [
-        spread([rate / needed_rate(result.products, groups) for rate, result in zip(rates, results, strict=True)])
-        for groups in (NEEDED_BARE, (*NEEDED_BARE, "attention"))
+        spread([rate / needed_rate(getattr(one, kind), groups) for rate, one in zip(rates, results, strict=True)])
+        for kind, groups in needs
     ]
     return BareSummary(spread(rates), spread(ratios), *shares)
 
@@ -206,7 +218,8 @@ def as_json(rounds: list[dict[str, Run]], summaries: dict[str, PeerSummary], bar
 def render(summaries: dict[str, PeerSummary], bare: BareSummary, rounds: int) -> Table:
     """The table that the command prints."""
     table = Table(title=f"Training throughput: median of {rounds} rounds (least–most)")
-    columns = ("real tokens/s", "lorafleet is faster ×", "whole tokens/s", "whole ×", "peak GiB", "share of products")
+    rates = ("real tokens/s", "lorafleet is faster ×", "whole tokens/s", "whole ×", "peak GiB")
+    columns = (*rates, "share, all tokens", "share, computed")
     table.add_column("peer")
     for column in columns:
         table.add_column(column, justify="right")
@@ -218,16 +231,18 @@ def render(summaries: dict[str, PeerSummary], bare: BareSummary, rounds: int) ->
             one.tokens_per_second_whole.text(0),
             "" if peer == OURS else one.ratio_whole.text(2),
             f"{one.peak_memory_bytes / 2**30:.2f}",
-            _shares(one),
+            *_shares(one),
         )
     table.add_section()
-    table.add_row(BARE, bare.tokens_per_second.text(0), bare.ratio.text(2), "", "", "", _shares(bare))
+    table.add_row(BARE, bare.tokens_per_second.text(0), bare.ratio.text(2), "", "", "", *_shares(bare))
     table.caption = (
-        "real tokens/s: padding not counted, median step; whole: all timed steps together. share: time that the "
-        "matrix products need at the best kernel, over the time taken; after the slash with attention's products."
+        "real tokens/s: padding not counted, median step; whole: all timed steps together. share, all tokens: time "
+        "that the matrix products of all real tokens need at the best kernel, over the time taken; after the slash "
+        "with attention's products. share, computed: with these, and what a batch's rows begin with counted once."
     )
     return table
 
 
-def _shares(one: PeerSummary | BareSummary) -> str:
-    return f"{one.share.text(2)} / {one.share_with_attention.median:.2f}"
+def _shares(one: PeerSummary | BareSummary) -> tuple[str, str]:
+    once = "" if one.share_once is None else one.share_once.text(2)
+    return f"{one.share.text(2)} / {one.share_with_attention.median:.2f}", once

@@ -4,9 +4,8 @@ import ctypes
 import gc
 import platform
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +24,7 @@ from lorafleet.training.events import Event, StepDone
 from lorafleet.training.loop import Population
 from lorafleet.training.member import Member
 
-SETTINGS = "defaults: shuffled rows, token-flat batches without padding"
+SETTINGS = "defaults: shuffled rows, token-flat batches without padding, what all rows begin with computed once"
 MEASURED_SHAPES = 3
 
 
@@ -83,13 +82,12 @@ def run(job: Job) -> Result:
         member.schedule = FixedOrder(job.batches)  # type: ignore[assignment]
     loss_model = LossModel(base.model, bank, base.tokenizer.pad_token_id)
     loss_model.speed_up()
-    needs: dict[str, Any] = {}
     loading_peak = peak_memory_bytes()
+    clock = StepClock()
     if job.products:
         model, batches = _model_shape(loss_model, member), _batch_shapes(job, member)
-        needs["before"] = asdict(measure_need(model, batches))
+        _measure_products(clock.result, "before", model, batches)
         _release_memory()
-    clock = StepClock()
     options = RunConfig(output_dir="unused", eval_strategy="no", save_strategy="no")
     population = Population([member], loss_model, bank, options, observers=[clock])
     clock.last = time.perf_counter()
@@ -99,8 +97,8 @@ def run(job: Job) -> Result:
     if job.products:
         # After the peak was read: a second graph beside the loop's would count as its memory.
         result.bare_seconds = [_bare_seconds(loss_model, member, step) for step in range(job.steps)]
-        needs["after"] = asdict(measure_need(model, batches))
-    result.products, result.settings = needs, SETTINGS
+        _measure_products(result, "after", model, batches)
+    result.settings = SETTINGS
     result.versions = package_versions("torch", "transformers", "lorafleet")
     return result
 
@@ -152,9 +150,22 @@ def _batch_shapes(job: Job, member: Member) -> list[BatchShape]:
     """Shapes of some of the timed steps: from a short, a middling and a long one."""
     windows = [member.schedule.window(step) for step in range(job.skipped, job.steps)]
     batches = [[member.rows[i] for micro in window for i in micro] for window in windows]
-    shapes = [BatchShape(tuple(len(row.input_ids) for row in batch), count_targets(batch)) for batch in batches]
+    shapes = [
+        BatchShape(
+            tuple(len(row.input_ids) for row in batch),
+            count_targets(batch),
+            collate([Part(member.slot, batch)]).part_prompts[0],
+        )
+        for batch in batches
+    ]
     shapes.sort(key=lambda shape: shape.tokens)
     return [shapes[int((i + 0.5) * len(shapes) / MEASURED_SHAPES)] for i in range(MEASURED_SHAPES)]
+
+
+def _measure_products(result: Result, when: str, model: ModelShape, batches: list[BatchShape]) -> None:
+    """Time the products of all tokens, and of those that are left with each batch's common beginning once."""
+    result.products[when] = asdict(measure_need(model, [replace(batch, prompt=0) for batch in batches]))
+    result.products_once[when] = asdict(measure_need(model, batches))
 
 
 def _bare_seconds(loss_model: LossModel, member: Member, step: int) -> float:

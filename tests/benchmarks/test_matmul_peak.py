@@ -47,6 +47,14 @@ def test_a_step_needs_these_products_and_no_others() -> None:
     assert operations(found, "attention") == 2 * 6 * scores
 
 
+def test_a_common_beginning_computed_once_saves_linear_products_alone() -> None:
+    once, whole = (step_products(tiny_shape(), BatchShape(BATCH.lengths, 4, prompt)) for prompt in (2, 0))
+    for group in ("forward", "gradient", "lora"):
+        assert operations(once, group) * 13 == operations(whole, group) * 9
+    for group in ("head", "attention"):
+        assert operations(once, group) == operations(whole, group)
+
+
 @pytest.mark.parametrize(
     "product",
     [

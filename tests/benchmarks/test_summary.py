@@ -10,6 +10,7 @@ PRODUCTS = {
     "before": {"tokens": 100, "seconds": {"forward": 0.2, "gradient": 0.1, "lora": 0.1, "head": 0.1, "attention": 0.5}},
     "after": {"tokens": 100, "seconds": {"forward": 0.2, "gradient": 0.1, "lora": 0.1, "head": 0.1, "attention": 0.5}},
 }
+ONCE = {"before": {"tokens": 100, "seconds": dict.fromkeys(("forward", "gradient", "lora", "head", "attention"), 0.1)}}
 
 
 def run(rate: float, memory: int = 1 << 30, load: float = 0.0) -> Run:
@@ -19,7 +20,12 @@ def run(rate: float, memory: int = 1 << 30, load: float = 0.0) -> Run:
         memory,
         load,
         Result(
-            products=PRODUCTS, settings="as it comes", seconds=[9.0, 0.5], tokens=[9, 100], bare_seconds=[1.0, 0.25]
+            products=PRODUCTS,
+            products_once=ONCE,
+            settings="as it comes",
+            seconds=[9.0, 0.5],
+            tokens=[9, 100],
+            bare_seconds=[1.0, 0.25],
         ),
     )
 
@@ -48,6 +54,9 @@ def test_the_share_is_the_needed_time_over_the_time_taken() -> None:
     mine = summarize_peer(OURS, [{OURS: run(160)}])
     assert mine.share.median == pytest.approx(0.8)
     assert mine.share_with_attention.median == pytest.approx(1.6)
+    assert mine.share_once is not None
+    assert mine.share_once.median == pytest.approx(0.8)  # 100 tokens in 0.5 s of products
+    assert summarize_peer("other", [{OURS: run(160), "other": run(100)}]).share_once is None
 
 
 def test_memory_is_the_most_of_all_rounds() -> None:
@@ -77,3 +86,4 @@ def test_the_bare_base_needs_no_products_of_lora() -> None:
     assert bare.ratio.median == 0.5  # a step of half a second after one of a quarter, on the same batch
     assert bare.share.median == pytest.approx(400 / 250)  # 100 tokens in 0.4 s of forward, gradient and head
     assert bare.share_with_attention.median == pytest.approx(400 * 0.9 / 100)
+    assert bare.share_once.median == pytest.approx(400 * 0.4 / 100)

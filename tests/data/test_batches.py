@@ -46,8 +46,38 @@ def test_a_flat_batch_points_each_target_at_the_token_before_it() -> None:
     assert batch.weights.tolist() == [0.25] * 3 + [1.0] * 2
     assert batch.part_targets == (3, 2)
     assert (count_targets(rows), batch.tokens) == (3, 10)
-    assert batch.routing(padded=False).lengths == (6, 4)
-    assert batch.routing(padded=True).lengths == (2, 1)
+    assert batch.routing(None, padded=False).lengths == (6, 4)
+    assert batch.routing(None, padded=True).lengths == (2, 1)
+    assert batch.shared_prompts() is None
+
+
+def test_what_all_rows_of_a_part_begin_with_is_computed_once() -> None:
+    mask = np.array([False, True, False, True])
+    rows = [Row(np.array([5, 6, 7, 8]), mask), Row(np.array([5, 6, 7]), mask[:3]), Row(np.array([5, 6, 9, 9]), mask)]
+    batch = collate([Part(1, rows), Part(0, rows[:1])])
+    assert batch.part_prompts == (2, 0)
+    shared = batch.shared_prompts()
+    assert shared is not None
+    assert batch.input_ids[shared.kept].tolist() == [5, 6, 7, 7, 8, 9, 9, 5, 6, 7, 8]
+    torch.testing.assert_close(batch.input_ids[shared.kept][shared.place], batch.input_ids)
+    torch.testing.assert_close(batch.position_ids[shared.kept][shared.place], batch.position_ids)
+    assert batch.routing(shared, padded=False).lengths == (7, 4)
+    assert batch.shared_prompts(apart=[1]) is None
+
+
+def test_a_common_beginning_that_saves_next_to_nothing_is_left_alone() -> None:
+    rows = [
+        Row(np.array([1, *range(10, 60)]), np.ones(51, bool)),
+        Row(np.array([1, *range(60, 80)]), np.ones(21, bool)),
+    ]
+    assert collate([Part(0, rows)]).part_prompts == (0,)
+
+
+def test_equal_rows_are_computed_once() -> None:
+    rows = [Row(np.array([5, 6, 7]), np.array([False, True, True]))] * 3
+    shared = collate([Part(0, rows)]).shared_prompts()
+    assert shared is not None
+    assert shared.kept.tolist() == [0, 1, 2]
 
 
 def test_a_padded_batch_keeps_ids_and_targets() -> None:

@@ -15,6 +15,8 @@ from lorafleet.lora import inject_lora
 from tests.lora.test_bank import fill
 from tests.tiny import ARCHITECTURES, tiny_model
 
+RMS_NORM = {"llama", "qwen2", "qwen3", "gemma", "mistral", "granite"}
+
 
 @dataclass(frozen=True)
 class Row:
@@ -22,9 +24,13 @@ class Row:
     loss_mask: np.ndarray
 
 
-def make_rows(seed: int, lengths: tuple[int, ...] = (7, 4, 9, 4)) -> list[Row]:
+def make_rows(seed: int, lengths: tuple[int, ...] = (7, 4, 9, 4), prompt: int = 0) -> list[Row]:
+    """Random rows, of which some tokens are targets; all begin with the same ``prompt`` tokens."""
     rng = np.random.default_rng(seed)
-    return [Row(rng.integers(3, 500, n).astype(np.int32), rng.random(n) < 0.6) for n in lengths]
+    rows = [Row(rng.integers(3, 500, n).astype(np.int32), rng.random(n) < 0.6) for n in lengths]
+    for row in rows:
+        row.input_ids[:prompt] = rows[0].input_ids[:prompt]
+    return rows
 
 
 def plain_losses(model: nn.Module, rows: list[Row]) -> list[Tensor]:
@@ -38,12 +44,13 @@ def plain_losses(model: nn.Module, rows: list[Row]) -> list[Tensor]:
     return out
 
 
+@pytest.mark.parametrize("prompt", [0, 3])
 @pytest.mark.parametrize("arch", [*ARCHITECTURES, "gemma2", "granite"])
-def test_loss_and_gradients_equal_a_plain_loop(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loss_and_gradients_equal_a_plain_loop(arch: str, prompt: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(token_loss, "CHUNK", 3)
     overrides = {"final_logit_softcapping": 5.0, "num_key_value_heads": 2, "head_dim": 8} if arch == "gemma2" else {}
     model = tiny_model(arch, torch.float64, **overrides)
-    rows = make_rows(0)
+    rows = make_rows(0, prompt=prompt)
     bank = inject_lora(model, LoraConfig(r=2))
     fill(bank, 0)
     plain = torch.stack(plain_losses(model, rows)).sum()
@@ -52,14 +59,19 @@ def test_loss_and_gradients_equal_a_plain_loop(arch: str, monkeypatch: pytest.Mo
     model.zero_grad()
     loss_model = LossModel(model, bank, pad_id=0)
     assert loss_model.flat == (arch != "gemma2")  # its attention caps the scores, so it takes the padded path
-    loss = loss_model(collate([Part(0, rows)]))
+    batch = collate([Part(0, rows)])
+    assert (batch.shared_prompts() is not None) == bool(prompt)
+    loss = loss_model(batch)
     loss.total.backward()
-    # Gemma's norms compute in float32 whatever the weights are, and padded rows come out of them in another order.
-    exact, close = (1e-6, 1e-4) if arch == "gemma2" else (1e-10, 1e-8)
+    # RMSNorm computes in float32 whatever the weights are: padded rows come out of it in another order, and the
+    # gradients of a prompt's repetitions are added before it instead of after it.
+    exact, close = (1e-6, 1e-4) if arch == "gemma2" else (1e-10, 1e-6 if prompt and arch in RMS_NORM else 1e-8)
     torch.testing.assert_close(loss.total, plain, rtol=exact, atol=0)
     assert loss.parts[0] == pytest.approx(plain.item(), rel=exact)
     for name, parameter in bank.slot_parameters(0).items():
-        torch.testing.assert_close(parameter.grad, wanted[name], rtol=close, atol=close, msg=name)
+        torch.testing.assert_close(
+            parameter.grad, wanted[name], rtol=close, atol=close, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -70,7 +82,7 @@ def test_each_part_of_a_mixed_batch_equals_its_own(padded: bool) -> None:
         fill(bank, slot, seed=slot)
     loss_model = LossModel(model, bank, pad_id=0)
     loss_model.flat = not padded
-    parts = [Part(1, make_rows(1)), Part(-1, make_rows(2)), Part(0, make_rows(3), weight=0.5)]
+    parts = [Part(1, make_rows(1, prompt=2)), Part(-1, make_rows(2)), Part(0, make_rows(3, prompt=4), weight=0.5)]
     together = loss_model(collate(parts))
     for part, loss in zip(parts, together.parts, strict=True):
         assert loss == pytest.approx(loss_model(collate([part])).parts[0], rel=1e-12)
@@ -80,11 +92,41 @@ def test_each_part_of_a_mixed_batch_equals_its_own(padded: bool) -> None:
 
 def test_sliding_windows_are_kept() -> None:
     model = tiny_model("mistral", torch.float64, sliding_window=3)
-    rows = make_rows(5, lengths=(9, 12))
+    rows = make_rows(5, lengths=(9, 12), prompt=5)
     loss_model = LossModel(model, None, pad_id=0)
     assert loss_model.flat
     wanted = sum(loss.item() for loss in plain_losses(model, rows))
     assert loss_model(collate([Part(-1, rows)])).parts[0] == pytest.approx(wanted, rel=1e-10)
+
+
+# Through SDPA, and through the attention of short rows.
+@pytest.mark.parametrize(("lengths", "prompt"), [((140, 150), 30), ((7, 9, 9), 5)])
+def test_a_shared_prompt_saves_its_repetitions(lengths: tuple[int, ...], prompt: int) -> None:
+    model = tiny_model("llama", torch.float64, max_position_embeddings=256)
+    bank = inject_lora(model, LoraConfig(r=2))
+    fill(bank, 0)
+    tokens: list[int] = []
+    next(iter(bank.layers.values())).register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0].shape[1]))
+    rows = make_rows(3, lengths, prompt)
+    loss_model = LossModel(model, bank, pad_id=0)
+    tokens.clear()
+    total = loss_model(collate([Part(0, rows)])).total
+    assert tokens == [sum(lengths) - prompt * (len(lengths) - 1)]
+    assert total.item() == pytest.approx(sum(loss.item() for loss in plain_losses(model, rows)), rel=1e-10)
+
+
+def test_rows_with_dropout_share_no_prompt() -> None:
+    model = tiny_model("llama", torch.float64)
+    bank = inject_lora(model, [LoraConfig(r=2, lora_dropout=0.5), LoraConfig(r=2)])
+    tokens: list[int] = []
+    next(iter(bank.layers.values())).register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0].shape[1]))
+    loss_model = LossModel(model, bank, pad_id=0)
+    batch = collate([Part(slot, make_rows(slot, prompt=3)) for slot in range(2)])
+    tokens.clear()
+    for mode in (bank.train, bank.eval):
+        mode()
+        loss_model(batch)
+    assert tokens == [24 + 15, 15 + 15]
 
 
 def test_an_adapted_head_routes_its_targets() -> None:

@@ -1,7 +1,7 @@
 """Which rows make a step, and how rows become one flat batch. All of it follows from the seed and the step."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -11,6 +11,10 @@ import torch
 from torch import Tensor
 
 from lorafleet.lora.routing import Routing
+from lorafleet.models.shared_prompts import SharedPrompts, share_prompts
+
+LEAST_SHARED = 0.05
+"""Share of a part's tokens that computing its common beginning once has to save, or each row computes its own."""
 
 
 class TrainRow(Protocol):
@@ -86,6 +90,7 @@ class FlatBatch:
         slots: Slot of each part.
         part_rows: Sequences of each part.
         part_targets: Targets of each part.
+        part_prompts: Tokens at the beginning that all rows of a part have in common; 0 where sharing them saves little.
         positions: ``(targets,)``, the flat position whose logits predict each target.
         targets: ``(targets,)``, token ids.
         weights: ``(targets,)``, factor of each target's loss.
@@ -97,6 +102,7 @@ class FlatBatch:
     slots: tuple[int, ...]
     part_rows: tuple[int, ...]
     part_targets: tuple[int, ...]
+    part_prompts: tuple[int, ...]
     positions: Tensor
     targets: Tensor
     weights: Tensor
@@ -112,11 +118,18 @@ class FlatBatch:
         """``(tokens,)``, restarting at each sequence."""
         return torch.cat([torch.arange(length) for length in self.lengths])
 
-    def routing(self, *, padded: bool) -> Routing:
-        """The routing of the batch, by tokens when flat and by rows when padded."""
+    def shared_prompts(self, apart: Collection[int] = ()) -> SharedPrompts | None:
+        """The batch with the common beginning of each part's rows once, but for the parts of the slots in ``apart``."""
+        lengths = [0 if slot in apart else n for slot, n in zip(self.slots, self.part_prompts, strict=True)]
+        return share_prompts(self.lengths, self.part_rows, lengths)
+
+    def routing(self, shared: SharedPrompts | None, *, padded: bool) -> Routing:
+        """The routing of the batch, by rows when padded, by tokens when flat: by those that are computed."""
         if padded:
             return Routing(self.slots, self.part_rows, "rows", self.dropout_keys)
         ends = np.cumsum([0, *self.lengths])[np.cumsum([0, *self.part_rows])]
+        if shared is not None:
+            ends = np.searchsorted(shared.kept.numpy(), ends)
         return Routing(self.slots, tuple(np.diff(ends).tolist()), "tokens", self.dropout_keys)
 
     def padded(self, pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -157,11 +170,22 @@ def collate(parts: Sequence[Part]) -> FlatBatch:
         slots=tuple(part.slot for part in parts),
         part_rows=tuple(len(part.rows) for part in parts),
         part_targets=tuple(part_targets),
+        part_prompts=tuple(_common_beginning(part.rows) for part in parts),
         positions=where,
         targets=flat[where + 1],
         weights=torch.tensor(weights, dtype=torch.float64),
         dropout_keys=tuple(part.dropout_key for part in parts),
     )
+
+
+def _common_beginning(rows: Sequence[TrainRow]) -> int:
+    """Tokens with which all rows begin, or 0 where computing them once would save next to nothing."""
+    shortest = min(len(row.input_ids) for row in rows)
+    ids = np.stack([np.asarray(row.input_ids)[:shortest] for row in rows])
+    differ = np.flatnonzero((ids != ids[0]).any(axis=0))
+    common = int(differ[0]) if len(differ) else shortest
+    saved, tokens = common * (len(rows) - 1), sum(len(row.input_ids) for row in rows)
+    return common if saved >= LEAST_SHARED * tokens else 0
 
 
 def count_targets(rows: Sequence[TrainRow]) -> int:

@@ -18,7 +18,8 @@ from lorafleet.generation.pace import Pace
 from lorafleet.lora import LoraBank, Routing
 from lorafleet.lora.layer import mix_key
 from lorafleet.lora.packed import PackedWeight, pack
-from lorafleet.models.attention import flat_inputs, use_flat_attention
+from lorafleet.models.attention import FlatLayout, flat_inputs, use_flat_attention
+from lorafleet.models.shared_prompts import SharedPrompts
 
 CHUNK = 128
 """Targets whose logits exist at the same time: enough rows for a fast product, 25 MB at a vocabulary of 49k."""
@@ -134,8 +135,9 @@ class LossModel:
             return TokenLoss(torch.zeros((), requires_grad=True), (0.0,) * len(batch.slots))
         targets = batch.targets.to(self.device)
         weights = batch.weights.to(self.device, torch.promote_types(self.model.dtype, torch.float32))
-        inputs, positions = self._inputs(batch)
-        with self._route(batch.routing(padded=not self.flat)):
+        shared = self._shared_prompts(batch)
+        inputs, positions = self._inputs(batch, shared)
+        with self._route(batch.routing(shared, padded=not self.flat)):
             if self.decoder is None:
                 logits = self._model_logits(inputs, positions).to(weights.dtype)
                 losses = F.cross_entropy(logits, targets, reduction="none")
@@ -147,11 +149,22 @@ class LossModel:
         sums = losses.detach().split(list(batch.part_targets))
         return TokenLoss(total, tuple(float(part.sum()) for part in sums))
 
-    def _inputs(self, batch: FlatBatch) -> tuple[dict[str, Any], Tensor]:
+    def _shared_prompts(self, batch: FlatBatch) -> SharedPrompts | None:
+        """What the rows of each part begin with, computed once; under dropout each row has masks of its own instead."""
+        if not self.flat:
+            return None
+        bank = self.bank
+        return batch.shared_prompts([slot for slot in batch.slots if bank is not None and bank.drops(slot)])
+
+    def _inputs(self, batch: FlatBatch, shared: SharedPrompts | None) -> tuple[dict[str, Any], Tensor]:
         """Arguments of the model's forward, and where the targets' predictions stand in its flattened output."""
         if self.flat:
-            ids, positions = batch.input_ids.to(self.device)[None], batch.position_ids.to(self.device)[None]
-            return flat_inputs(ids, positions, batch.lengths), batch.positions.to(self.device)
+            ids, places, targets = batch.input_ids, batch.position_ids, batch.positions
+            if shared is not None:
+                ids, places, targets = ids[shared.kept], places[shared.kept], shared.place[targets]
+                shared = shared.to(self.device)
+            layout = FlatLayout(batch.lengths, shared)
+            return flat_inputs(ids.to(self.device)[None], places.to(self.device)[None], layout), targets.to(self.device)
         padded_ids, mask, where = batch.padded(self.pad_id)
         inputs = {"input_ids": padded_ids.to(self.device), "attention_mask": mask.to(self.device), "use_cache": False}
         return inputs, where.to(self.device)

@@ -302,6 +302,10 @@ class LoraBank:
         for layer in self.layers.values():
             layer.training = mode
 
+    def drops(self, slot: int) -> bool:
+        """Whether the slot's adapter drops inputs now; the base, slot -1, never does."""
+        return slot >= 0 and any(layer.training and layer.dropouts[slot] for layer in self.layers.values())
+
     def eval(self) -> None:
         """Turn the dropout of the adapters off."""
         self.train(False)

@@ -21,6 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from lorafleet.models.shared_prompts import SharedPrompts, share_prompts
 from lorafleet.models.short_attention import LONGEST, short_attention
 
 logger = logging.getLogger(__name__)
@@ -31,11 +32,15 @@ FLAT = "lorafleet_flat"
 _IGNORED = {"position_ids", "cache", "past_key_values", "use_cache", "output_attentions", "position_embeddings"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FlatLayout:
-    """The lengths of the sequences of a flat batch, in order. Equal lengths side by side share one product."""
+    """The lengths of the sequences of a flat batch, in order. Equal lengths side by side share one product.
+
+    Where sequences begin alike, ``shared`` says how the rest of the model, which computes that once, sees the batch.
+    """
 
     lengths: tuple[int, ...]
+    shared: SharedPrompts | None = None
 
     @cached_property
     def runs(self) -> tuple[tuple[int, int, int], ...]:
@@ -99,14 +104,25 @@ def flat_attention(
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     if foreign or dropout or not causal:
         raise UnsupportedAttention(f"needs {', '.join(foreign) or ('dropout' if dropout else 'non-causal attention')}")
+    shared = flat_layout.shared
+    if shared is None:
+        return _attend(query, key, value, scaling, sliding_window, flat_layout), None
+    q, k, v = (shared.expand(t[0].transpose(0, 1)).transpose(0, 1)[None] for t in (query, key, value))
+    return shared.compact(_attend(q, k, v, scaling, sliding_window, flat_layout)[0])[None], None
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, sliding_window: int | None, layout: FlatLayout
+) -> Tensor:
+    """Attention within each sequence, ``(1, tokens, heads, dim)``, by the fastest kernel that fits."""
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and varlen_kernel() is not None:
-        return _varlen(query, key, value, scaling, sliding_window, flat_layout), None
-    if _is_short(query, key, value, flat_layout, sliding_window):
+        return _varlen(query, key, value, scaling, sliding_window, layout)
+    if _is_short(query, key, value, layout, sliding_window):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return short_attention(query, key, value, scale, flat_layout.runs).transpose(1, 2), None
+        return short_attention(query, key, value, scale, layout.runs).transpose(1, 2)
     gqa = query.shape[1] != key.shape[1]
     parts = []
-    for start, count, length in flat_layout.runs:
+    for start, count, length in layout.runs:
         q, k, v = (_rows(t, start, count, length) for t in (query, key, value))
         window = sliding_window is not None and sliding_window < length
         mask = _band(length, sliding_window, q.device) if window and sliding_window else None
@@ -114,7 +130,7 @@ def flat_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=gqa
         )
         parts.append(out.transpose(1, 2).reshape(count * length, *out.shape[1::2]))
-    return (parts[0] if len(parts) == 1 else torch.cat(parts))[None], None
+    return (parts[0] if len(parts) == 1 else torch.cat(parts))[None]
 
 
 def _is_short(query: Tensor, key: Tensor, value: Tensor, layout: FlatLayout, window: int | None) -> bool:
@@ -170,8 +186,8 @@ AttentionInterface.register(FLAT, flat_attention)
 AttentionMaskInterface.register(FLAT, sdpa_mask)
 
 
-def flat_inputs(input_ids: Tensor, position_ids: Tensor, lengths: tuple[int, ...]) -> dict[str, Any]:
-    """Arguments of a model's forward for a flat batch ``(1, tokens)``.
+def flat_inputs(input_ids: Tensor, position_ids: Tensor, layout: FlatLayout) -> dict[str, Any]:
+    """Arguments of a model's forward for the computed tokens ``(1, tokens)`` of a flat batch.
 
     An empty 4-D mask is handed through untouched by transformers' mask code, which would build a T² mask otherwise.
     """
@@ -180,28 +196,33 @@ def flat_inputs(input_ids: Tensor, position_ids: Tensor, lengths: tuple[int, ...
         "position_ids": position_ids,
         "attention_mask": torch.empty((0, 0, 0, 0), device=input_ids.device),
         "use_cache": False,
-        "flat_layout": FlatLayout(lengths),
+        "flat_layout": layout,
     }
 
 
 def use_flat_attention(model: PreTrainedModel) -> bool:
     """Switch a model to flat attention if that gives the same logits; leave it as it was if not.
 
-    Two short sequences are run in one flat row and each alone. Models outside transformers' attention interface, and
-    those with score caps, sinks or recurrent layers, fail the comparison and keep their own attention.
+    Two short sequences that begin alike are run in one flat row and each alone. Models outside transformers'
+    attention interface, and those with score caps, sinks or recurrent layers, fail the comparison and keep their own.
 
     Returns:
         Whether flat batches work on this model.
     """
     before = model.config._attn_implementation
     device = next(model.parameters()).device
-    ids = torch.arange(11, device=device)[None] % model.config.get_text_config().vocab_size
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.tensor([[*range(4), 0, 1, *range(4, 9)]], device=device) % vocabulary
     positions = torch.tensor([[*range(4), *range(7)]], device=device)
+    shared = share_prompts((4, 7), (2,), (2,))
+    assert shared is not None
+    shared = shared.to(device)
     with torch.no_grad():
         alone = torch.cat([model(input_ids=part, use_cache=False).logits[0] for part in ids.split([4, 7], dim=1)])
         try:
             model.set_attn_implementation(FLAT)
-            together = model(**flat_inputs(ids, positions, (4, 7))).logits[0]
+            inputs = flat_inputs(ids[:, shared.kept], positions[:, shared.kept], FlatLayout((4, 7), shared))
+            together = model(**inputs).logits[0, shared.place]
             reason = _difference(together, alone)
         except (UnsupportedAttention, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
             reason = f"{type(error).__name__}: {error}"

@@ -87,7 +87,7 @@ class Population:
 
     def _passes(self, active: Sequence[Member], present: list[int]) -> list[list[int]]:
         """Which members share a forward pass: all, unless dropout masks cover padding, sized by the longest row."""
-        dropout = any(config.lora_dropout for n in present if (config := self.bank.configs[active[n].slot]))
+        dropout = any(self.bank.drops(active[number].slot) for number in present)
         return [present] if self.loss_model.flat or not dropout else [[number] for number in present]
 
     def _update(self, member: Member, window: Window, loss: float, norm: float) -> float | None:

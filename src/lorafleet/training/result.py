@@ -36,7 +36,7 @@ class TrainResult:
         steps: Optimizer steps taken.
         best_step: The step whose adapter was kept.
         rows: Rows of the training split: read, used, rejected, truncated.
-        tokens: Tokens processed in training, prompts included.
+        tokens: Tokens of the rows that were trained on, prompts included, also those computed once for several rows.
         trained_tokens: Tokens among them that were targets.
         train_loss: Mean loss over all steps, in nats per trained token.
         eval_loss_before: The base's loss on held-out rows.
