@@ -79,7 +79,7 @@ def test_a_population_equals_single_runs(device: torch.device) -> None:
             bank.add(LORAS[number].model_copy(update={"lora_dropout": 0.1}), seed=number, slot=slot)
             config = TrainingConfig(seed=number, max_steps=10, learning_rate=1e-2, per_device_train_batch_size=2)
             members.append(Member(f"m{number}", bank, slot, config, make_rows(number, (5, 9, 4, 4, 7))))
-        quiet = RunConfig(output_dir="unused", eval_strategy="no", save_strategy="no")
+        quiet = RunConfig(output_dir="unused", save_strategy="no")
         Population(members, LossModel(model, bank, 0), bank, quiet).train()
         return [list(bank.state_dict(slot).values()) for slot in range(len(slots))]
 

@@ -88,7 +88,7 @@ def run(job: Job) -> Result:
         model, batches = _model_shape(loss_model, member), _batch_shapes(job, member)
         _measure_products(clock.result, "before", model, batches)
         _release_memory()
-    options = RunConfig(output_dir="unused", eval_strategy="no", save_strategy="no")
+    options = RunConfig(output_dir="unused", save_strategy="no")
     population = Population([member], loss_model, bank, options, observers=[clock])
     clock.last = time.perf_counter()
     population.train()

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lorafleet.generation.run import generate
     from lorafleet.lora import LoraBank, LoraLinear, Routing, inject_lora
     from lorafleet.models.machine import doctor
+    from lorafleet.search.run import tune
     from lorafleet.training.run import train
 
 __version__ = "0.1.0"
@@ -40,6 +41,7 @@ __all__ = [
     "inspect_data",
     "merge",
     "train",
+    "tune",
 ]
 
 _HOMES = {
@@ -55,6 +57,7 @@ _HOMES = {
     "inspect_data": "lorafleet.data.run",
     "merge": "lorafleet.export.merged",
     "train": "lorafleet.training.run",
+    "tune": "lorafleet.search.run",
 }
 
 

@@ -73,6 +73,12 @@ def did_you_mean(word: str, candidates: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
+def faults_of(error: LorafleetError) -> list[str]:
+    """The single faults in an error of ``raise_all``, to be listed among others."""
+    first, *several = str(error).splitlines()
+    return [line.removeprefix("  - ") for line in several] or [first]
+
+
 def raise_all(error: type[LorafleetError], faults: Sequence[str], what: str) -> None:
     """Raise ``error`` with all ``faults`` in one message; do nothing when there are none."""
     if len(faults) == 1:

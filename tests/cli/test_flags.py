@@ -15,11 +15,21 @@ from lorafleet.config import (
     PromptConfig,
     RunConfig,
     TrainingConfig,
+    ValidationConfig,
     known_names,
     load_sections,
 )
 
-SECTIONS = (LoraConfig, DataConfig, TrainingConfig, RunConfig, ModelConfig, PromptConfig, EvaluationConfig)
+SECTIONS = (
+    LoraConfig,
+    DataConfig,
+    TrainingConfig,
+    ValidationConfig,
+    RunConfig,
+    ModelConfig,
+    PromptConfig,
+    EvaluationConfig,
+)
 
 
 def knobs_of(*arguments: str) -> dict[str, Any]:

@@ -10,14 +10,22 @@ import lorafleet
 from lorafleet.cli import show
 from lorafleet.cli.main import main
 from lorafleet.cli.quickstart import KNOBS, REVIEWS, quickstart
-from lorafleet.config import DataConfig, LoraConfig, ModelConfig, RunConfig, TrainingConfig, load_sections
+from lorafleet.config import (
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
+    RunConfig,
+    TrainingConfig,
+    ValidationConfig,
+    load_sections,
+)
 from lorafleet.errors import CheckpointError
 from tests.tiny import tiny_base_folder
 
 
 def test_its_knobs_are_valid() -> None:
-    sections = (ModelConfig, DataConfig, LoraConfig, TrainingConfig, RunConfig)
-    _, data, _, training, run = load_sections(sections, KNOBS, {})
+    sections = (ModelConfig, DataConfig, LoraConfig, TrainingConfig, ValidationConfig, RunConfig)
+    _, data, _, training, _, run = load_sections(sections, KNOBS, {})
     assert (data.data, training.max_steps) == (KNOBS["data"], KNOBS["max_steps"])
     assert run.output_dir == KNOBS["output_dir"]
 

@@ -13,6 +13,7 @@ from lorafleet.config import (
     ModelConfig,
     RunConfig,
     TrainingConfig,
+    ValidationConfig,
     dump_sections,
     known_names,
     load_sections,
@@ -20,7 +21,7 @@ from lorafleet.config import (
 )
 from lorafleet.errors import ConfigError
 
-TRAIN = (ModelConfig, DataConfig, LoraConfig, TrainingConfig, RunConfig)
+TRAIN = (ModelConfig, DataConfig, LoraConfig, TrainingConfig, ValidationConfig, RunConfig)
 LORA = (LoraConfig,)
 NEEDED = {"data": "rows.jsonl", "output_dir": "out"}
 
@@ -38,7 +39,7 @@ def fault(sections: Any, source: Any = None, **knobs: Any) -> str:
 
 
 def test_defaults_need_only_what_has_no_default() -> None:
-    _, data, lora, training, run = load_sections(TRAIN, None, NEEDED)
+    _, data, lora, training, _, run = load_sections(TRAIN, None, NEEDED)
     assert (data.data, run.output_dir) == ("rows.jsonl", "out")
     assert lora == LoraConfig()
     assert training == TrainingConfig()
@@ -46,7 +47,7 @@ def test_defaults_need_only_what_has_no_default() -> None:
 
 def test_knobs_override_the_file_whatever_name_each_uses(tmp_path: Path) -> None:
     path = write(tmp_path, "data: rows.jsonl\noutput-dir: out\nlora_rank: 4\nlr: 1e-4\n")
-    _, _, lora, training, run = load_sections(TRAIN, path, {"r": 32})
+    _, _, lora, training, _, run = load_sections(TRAIN, path, {"r": 32})
     assert (lora.r, training.learning_rate, run.output_dir) == (32, 1e-4, "out")
 
 
@@ -145,7 +146,7 @@ def test_true_is_no_number() -> None:
 
 
 def test_rules_across_knobs_are_told() -> None:
-    message = fault((RunConfig,), {"output_dir": "x", "eval_strategy": "no", "early_stopping_patience": 2})
+    message = fault((ValidationConfig,), {"eval_strategy": "no", "early_stopping_patience": 2})
     assert message == "early_stopping_patience needs evaluations; set eval_strategy to steps or epoch"
 
 
@@ -196,8 +197,8 @@ def test_yaml_words_mean_what_they_say(tmp_path: Path) -> None:
     path = write(
         tmp_path, "data: yes\noutput: 2024-01-01\neval_strategy: no\nlr: 1e-4\nwarmup_steps: 010\noverwrite: true\n"
     )
-    _, data, _, training, run = load_sections(TRAIN, path, {})
-    assert (data.data, run.output_dir, run.eval_strategy, run.overwrite) == ("yes", "2024-01-01", "no", True)
+    _, data, _, training, validation, run = load_sections(TRAIN, path, {})
+    assert (data.data, run.output_dir, validation.eval_strategy, run.overwrite) == ("yes", "2024-01-01", "no", True)
     assert (training.learning_rate, training.warmup_steps) == (1e-4, 10)
 
 

@@ -1,7 +1,9 @@
 """The contract of a population: training K adapters together equals training each alone."""
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -10,17 +12,23 @@ import torch
 from torch import Tensor
 
 from lorafleet.config.lora import LoraConfig
-from lorafleet.config.training import RunConfig, TrainingConfig
-from lorafleet.evaluation.token_loss import LossModel
-from lorafleet.lora import inject_lora
+from lorafleet.config.training import RunConfig, TrainingConfig, ValidationConfig
+from lorafleet.data.batches import FlatBatch
+from lorafleet.errors import TrainingError
+from lorafleet.evaluation.token_loss import LossModel, TokenLoss
+from lorafleet.lora import LoraBank, LoraLinear, inject_lora
+from lorafleet.lora.functional import LoraSegment
+from lorafleet.lora.init import STARTS
+from lorafleet.lora.routing import Segment
 from lorafleet.training import loop
 from lorafleet.training.events import Event, Failed, Finished, StepDone
 from lorafleet.training.loop import Population
 from lorafleet.training.member import Member
+from lorafleet.training.queue import AdapterQueue, Candidate
 from tests.evaluation.test_token_loss import Row, make_rows
 from tests.tiny import tiny_model
 
-QUIET = RunConfig(output_dir="unused", eval_strategy="no", save_strategy="no")
+QUIET = RunConfig(output_dir="unused", save_strategy="no")
 
 
 @dataclass(frozen=True)
@@ -211,16 +219,208 @@ def test_fp32_gradients_of_a_population_equal_solo_within_1e_5() -> None:
 def test_evaluation_keeps_the_best_and_stops_early() -> None:
     model = tiny_model("llama")
     bank = inject_lora(model, LoraConfig(r=4))
-    run = RunConfig(
-        output_dir="unused", eval_strategy="steps", eval_steps=1, save_strategy="no", early_stopping_patience=2
-    )
+    validation = ValidationConfig(eval_strategy="steps", eval_steps=1, early_stopping_patience=2)
     config = TrainingConfig(
         max_steps=200, learning_rate=0.5, warmup_ratio=0, lr_scheduler_type="constant", max_grad_norm=0
     )
     member = Member("m", bank, 0, config, make_rows(1), make_rows(2))
     events: list[Event] = []
-    Population([member], LossModel(model, bank, 0), bank, run, observers=[events.append]).train()
+    loss_model = LossModel(model, bank, 0)
+    Population([member], loss_model, bank, QUIET, validation=validation, observers=[events.append]).train()
     finished = [event for event in events if isinstance(event, Finished)]
     assert finished[0].reason == "no lower loss in 2 evaluations"
     assert member.progress.step == member.progress.best_step + 2
     assert member.restore_best()
+
+
+class Waiting:
+    """Candidates in a fixed order; some of them are ended at a step, as a search would."""
+
+    def __init__(self, plans: list[Plan], pruned_at: dict[int, int] | None = None) -> None:
+        self.plans, self.pruned_at = plans, pruned_at or {}
+        self.left = list(range(len(plans)))
+        self.results: dict[str, dict[str, Tensor]] = {}
+        self.statuses: dict[str, str] = {}
+
+    def next(self) -> Candidate | None:
+        if not self.left:
+            return None
+        number = self.left.pop(0)
+        one = self.plans[number]
+        at = {self.pruned_at[number]} if number in self.pruned_at else ()
+        return Candidate(f"m{number}", one.lora, one.training, one.rows, one.rows[:2], at)
+
+    def judge(self, evaluated: Sequence[Member]) -> None:
+        for member in evaluated:
+            member.progress.status = "pruned"
+
+    def ended(self, member: Member) -> None:
+        if member.progress.status == "finished":
+            self.results[member.name] = unpadded(member)
+        self.statuses[member.name] = member.progress.status
+
+
+def train_queue(
+    waiting: Waiting, size: int, observers: Sequence[Callable[[Event], None]] = (), together: int | None = None
+) -> Population:
+    """Train a queue in ``size`` slots."""
+    model = tiny_model("llama", torch.float64)
+    bank = LoraBank(model, size)
+    bank.reserve([one.lora for one in waiting.plans])
+    queue = AdapterQueue(bank, waiting, size)
+    population = Population(
+        [], LossModel(model, bank, 0), bank, QUIET, queue=queue, together=together, observers=observers
+    )
+    population.train()
+    assert bank.configs == [None] * size
+    assert not any(tensor.any() for layer in bank.layers.values() for tensor in (layer.lora_A, layer.lora_B))
+    return population
+
+
+# Of different lengths, so that slots become free at different steps.
+QUEUED = [
+    Plan(p.lora, p.training.model_copy(update={"max_steps": steps}), p.rows)
+    for p, steps in zip(PLANS, (12, 20, 7, 15, 18, 9, 11, 14), strict=True)
+]
+
+
+@cache
+def by_itself(number: int) -> dict[str, Tensor]:
+    return train([QUEUED[number]])[0]
+
+
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_a_refilled_slot_ends_as_if_its_adapter_had_trained_alone(size: int) -> None:
+    waiting = Waiting(QUEUED, pruned_at={1: 5, 4: 8})
+    train_queue(waiting, size)
+    assert waiting.statuses == {f"m{n}": "pruned" if n in (1, 4) else "finished" for n in range(8)}
+    for number in range(8):
+        if number not in (1, 4):
+            assert_same(waiting.results[f"m{number}"], by_itself(number), tolerance=1e-10)
+
+
+def test_the_order_of_the_queue_changes_nothing() -> None:
+    waiting = Waiting(QUEUED)
+    waiting.left = [6, 2, 7, 0, 5, 3, 1, 4]
+    train_queue(waiting, 3)
+    for number in range(8):
+        assert_same(waiting.results[f"m{number}"], by_itself(number), tolerance=1e-10)
+
+
+def test_a_failed_adapter_makes_room_and_leaves_nothing_behind() -> None:
+    waiting, failed = Waiting(QUEUED[:4]), list[Event]()
+    model = tiny_model("llama", torch.float64)
+    bank = LoraBank(model, 2)
+    bank.reserve([one.lora for one in waiting.plans])
+    queue = AdapterQueue(bank, waiting, 2)
+
+    def poison(event: Event) -> None:
+        if isinstance(event, StepDone) and event.name == "m0" and event.step == 4:
+            queue.members[0].views[0].fill_(math.nan)
+        failed.extend([event] if isinstance(event, Failed) else [])
+
+    Population([], LossModel(model, bank, 0), bank, QUIET, queue=queue, observers=[poison]).train()
+    assert [(event.name, event.step) for event in failed if isinstance(event, Failed)] == [("m0", 5)]
+    assert waiting.statuses == {"m0": "failed", "m1": "finished", "m2": "finished", "m3": "finished"}
+    for number in (1, 2, 3):
+        assert_same(waiting.results[f"m{number}"], by_itself(number), tolerance=1e-10)
+
+
+def test_out_of_memory_splits_the_passes_and_changes_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = LossModel.__call__
+
+    def scarce(self: LossModel, batch: FlatBatch) -> TokenLoss:
+        if len(batch.slots) > 2:
+            raise torch.OutOfMemoryError("no room")
+        return original(self, batch)
+
+    monkeypatch.setattr(LossModel, "__call__", scarce)
+    waiting = Waiting(QUEUED)
+    population = train_queue(waiting, 8)
+    assert population.together == 2
+    for number in range(8):
+        assert_same(waiting.results[f"m{number}"], by_itself(number), tolerance=1e-10)
+
+
+def test_out_of_memory_with_one_adapter_is_an_error_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(self: LossModel, batch: FlatBatch) -> TokenLoss:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(LossModel, "__call__", none_left)
+    with pytest.raises(TrainingError, match="lower per_device_train_batch_size"):
+        train_queue(Waiting(QUEUED), 8)
+
+
+def test_a_layer_that_grows_under_a_training_adapter_is_an_error() -> None:
+    model = tiny_model("llama", torch.float64)
+    bank = LoraBank(model, 2)
+    waiting = Waiting([plan(1, {"r": 2}, {"max_steps": 9}), plan(2, {"r": 1}, {"max_steps": 3}), plan(3, {"r": 8}, {})])
+    bank.reserve([one.lora for one in waiting.plans[:2]])
+    population = Population([], LossModel(model, bank, 0), bank, QUIET, queue=AdapterQueue(bank, waiting, 2))
+    with pytest.raises(TrainingError, match="m0: .* grew while it was training"):
+        population.train()
+
+
+def leak_optimizer(queue: AdapterQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slot's next adapter goes on with the moments of the one before."""
+    before: dict[int, list[Tensor]] = {}
+    place, dismiss = queue.place, queue.dismiss
+
+    def leaking_dismiss(member: Member) -> None:
+        before[member.slot] = [member.optimizer.state[v]["exp_avg_sq"] for v in member.views]
+        dismiss(member)
+
+    def leaking_place(candidate: Candidate, slot: int) -> Member:
+        member = place(candidate, slot)
+        for view, moment in zip(member.views, before.get(slot, []), strict=False):
+            if moment.shape == view.shape:
+                state = {"step": torch.tensor(1.0), "exp_avg": torch.zeros_like(view), "exp_avg_sq": moment.clone()}
+                member.optimizer.state[view] = state
+        return member
+
+    monkeypatch.setattr(queue, "place", leaking_place)
+    monkeypatch.setattr(queue, "dismiss", leaking_dismiss)
+
+
+def keep_start(queue: AdapterQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slot's next adapter starts where the one before ended."""
+    monkeypatch.setattr(LoraLinear, "clear", lambda self, slot: None)
+    monkeypatch.setitem(STARTS, "default", lambda into, generator: into)
+
+
+def unmask_padding(queue: AdapterQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows past a slot's rank hold something and take part."""
+    place, segment = queue.place, LoraLinear._segment
+
+    def unmasked(layer: LoraLinear, one: Segment) -> LoraSegment:
+        return segment(layer, one)._replace(rank=layer.lora_A.shape[1])
+
+    def filling(candidate: Candidate, slot: int) -> Member:
+        member = place(candidate, slot)
+        for layer in queue.bank.layers.values():
+            layer.lora_A.data[slot, layer.ranks[slot] :] = 0.1
+            layer.lora_B.data[slot, :, layer.ranks[slot] :] = 0.1
+        return member
+
+    monkeypatch.setattr(LoraLinear, "_segment", unmasked)
+    monkeypatch.setattr(queue, "place", filling)
+
+
+@pytest.mark.parametrize("sabotage", [leak_optimizer, keep_start, unmask_padding])
+def test_these_tests_see_what_leaks_from_one_adapter_into_the_next(
+    sabotage: Callable[[AdapterQueue, pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans = [plan(1, {"r": 2}, {"max_steps": 4}), plan(2, {"r": 2}, {"max_steps": 4})]
+    model = tiny_model("llama", torch.float64)
+    bank, waiting = LoraBank(model, 1), Waiting(plans)
+    bank.reserve([LoraConfig(r=3)])
+    queue = AdapterQueue(bank, waiting, 1)
+    wanted = train([plans[1]])[0]
+    sabotage(queue, monkeypatch)
+
+    def train_and_compare() -> None:
+        Population([], LossModel(model, bank, 0), bank, QUIET, queue=queue).train()
+        assert_same(waiting.results["m1"], wanted, tolerance=1e-3)
+
+    with pytest.raises(AssertionError, match="relative|lora_A"):
+        train_and_compare()

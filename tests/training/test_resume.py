@@ -19,10 +19,8 @@ from tests.tiny import tiny_base_folder
 WORDS = "the quick brown fox jumps over lazy dogs while seven wizards box".split()
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def make_place(folder: Path) -> Path:
     """A tiny base and rows for it."""
-    folder = tmp_path_factory.mktemp("resume")
     tiny_base_folder(folder / "base", "llama")
     rng = random.Random(3)
     rows = [
@@ -31,6 +29,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_place(tmp_path_factory.mktemp("resume"))
 
 
 def settings(place: Path, output: str, **knobs: Any) -> dict[str, Any]:
@@ -114,7 +117,7 @@ def test_another_run_is_refused_by_name(place: Path, whole: dict[str, Any]) -> N
     with pytest.raises(CheckpointError, match="holds another run"):
         train(settings(place, "whole"))
     before = {path.name: path.read_bytes() for path in (place / "whole").iterdir() if path.is_file()}
-    with pytest.raises(CheckpointError, match=r"training\.learning_rate: 0\.01 in the checkpoint, 0\.02 now"):
+    with pytest.raises(CheckpointError, match=r"training\.learning_rate: 0\.01 then, 0\.02 now"):
         train(settings(place, "whole", resume_from_checkpoint=True, learning_rate=0.02))
     rows = (place / "rows.jsonl").read_text()
     (place / "other.jsonl").write_text(rows.replace("fox", "cat"))

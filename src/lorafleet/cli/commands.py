@@ -24,8 +24,10 @@ from lorafleet.config import (
     ModelConfig,
     PromptConfig,
     RunConfig,
+    SearchConfig,
     Section,
     TrainingConfig,
+    ValidationConfig,
 )
 
 CONFIG = Argument("CONFIG", False, "A YAML file with any of the knobs below (learning_rate: 1e-4); flags override it.")
@@ -76,11 +78,23 @@ COMMANDS = (
         "train",
         "train",
         "Fine-tune a LoRA adapter on a frozen base model.",
-        (ModelConfig, DataConfig, LoraConfig, TrainingConfig, RunConfig),
+        (ModelConfig, DataConfig, LoraConfig, TrainingConfig, ValidationConfig, RunConfig),
         examples=(
             "lorafleet train --model smollm2-135m --data rows.jsonl --output-dir runs/first",
             "lorafleet train run.yml --learning-rate 1e-4 --r 16 --no-load-best-model-at-end",
             "lorafleet train run.yml --resume-from-checkpoint",
+        ),
+    ),
+    Command(
+        "tune",
+        "tune",
+        "Find the best settings: train many adapters side by side, stop the worse ones early.",
+        (ModelConfig, DataConfig, LoraConfig, TrainingConfig, RunConfig, SearchConfig),
+        examples=(
+            "lorafleet tune --model smollm2-135m --data rows.jsonl --max-steps 60 --output-dir runs/search",
+            "lorafleet tune search.yml --space classic",
+            "lorafleet tune run.yml --space '{learning_rate: {log: [1e-4, 3e-3]}, r: [4, 16]}' --n-trials 12",
+            "lorafleet tune search.yml --resume-from-checkpoint",
         ),
     ),
     Command(
@@ -123,7 +137,7 @@ QUICKSTART = Command(
     "quickstart",
     "Fine-tune a small model on film reviews, test it beside its base, merge it: minutes on two cores, offline. "
     "An earlier run in runs/quickstart is replaced; one in another folder only with --overwrite.",
-    (LoraConfig, TrainingConfig, RunConfig),
+    (LoraConfig, TrainingConfig, ValidationConfig, RunConfig),
     argument=None,
     defaults=KNOBS,
     call=quickstart,

@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lorafleet
-from lorafleet.config import DataConfig, LoraConfig, ModelConfig, RunConfig, TrainingConfig, load_sections
+from lorafleet.config import (
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
+    RunConfig,
+    TrainingConfig,
+    ValidationConfig,
+    load_sections,
+)
 
 if TYPE_CHECKING:
     from lorafleet.evaluation.run import EvalResult
@@ -79,7 +87,9 @@ def quickstart(**knobs: Any) -> QuickstartResult:
     Returns:
         The results of the four steps.
     """
-    run = load_sections((ModelConfig, DataConfig, LoraConfig, TrainingConfig, RunConfig), KNOBS, knobs)[-1]
+    run = load_sections(
+        (ModelConfig, DataConfig, LoraConfig, TrainingConfig, ValidationConfig, RunConfig), KNOBS, knobs
+    )[-1]
     replaces = run.output_dir == KNOBS["output_dir"] and not run.resume_from_checkpoint
     if replaces and "overwrite" not in run.model_fields_set:
         knobs["overwrite"] = True

@@ -8,7 +8,8 @@ from rich.table import Table
 from rich.text import Text
 
 from lorafleet.cli.quickstart import KNOBS, REVIEWS
-from lorafleet.cli.tables import clock, comparison, facts, put, share, size
+from lorafleet.cli.tables import clock, comparison, facts, number, put, share, size
+from lorafleet.search.space import in_words
 
 if TYPE_CHECKING:
     from lorafleet.cli.quickstart import QuickstartResult
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from lorafleet.export.merged import MergeResult
     from lorafleet.files.inspection import Inspection
     from lorafleet.generation.run import GenerateResult
+    from lorafleet.search.result import TuneResult
     from lorafleet.training.result import TrainResult
 
 
@@ -206,3 +208,36 @@ def _fact(key: str, value: Any) -> Any:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return size(value) if key.endswith("_bytes") else "not installed" if value is None else value
+
+
+def tune(result: "TuneResult") -> None:
+    """The ranking, what the search cost, and the winner."""
+    table = Table("trial", "settings", *result.objectives, "state", title="all trials, the best first")
+    for trial in result.trials:
+        values = [number(*pair) for pair in zip(result.objectives, trial["values"] or (), strict=False)]
+        last = list(trial["at_rungs"].values())[-1:]
+        if not values and last:
+            values = [f"({number(result.objectives[0], last[0])})"]
+        cells = [*values, *[""] * (len(result.objectives) - len(values))]
+        same = f", as trial {trial['same_as']}" if trial["same_as"] is not None else ""
+        state = {"pruned": "stopped early", "fail": "failed"}.get(trial["state"], trial["state"])
+        table.add_row(str(trial["number"]), in_words(trial["settings"]), *cells, state + same)
+    put(
+        table,
+        facts(
+            [
+                ("best", f"trial {result.best_trial}: {in_words(result.best_settings)}"),
+                ("adapter", result.best),
+                *((f"share of {name}", f"{part:.0%} of the differences") for name, part in result.importances.items()),
+                ("trained together", f"up to {result.population_size}"),
+                (
+                    "tokens",
+                    f"{result.tokens:,}, {result.tokens / result.full_tokens:.0%} of what all trials would take",
+                ),
+                ("time", clock(result.seconds)),
+            ]
+        ),
+        "",
+        f"Use it:         lorafleet generate --adapter {result.best} --prompt ...",
+        f"Train it again: lorafleet train {result.best}/lorafleet.yaml",
+    )

@@ -38,6 +38,8 @@ def number(metric: str, value: float) -> str:
     """A loss with four digits, a share as percent, a perplexity with two."""
     if metric in ("accuracy", "macro_f1", "exact_match"):
         return f"{value:.1%}"
+    if metric == "parameters":
+        return f"{value:,.0f}"
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4f}" if "loss" in metric else f"{value:,.2f}"
 
 

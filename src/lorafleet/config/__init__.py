@@ -5,7 +5,8 @@ from lorafleet.config.knob import Section, knob, other_names, switches
 from lorafleet.config.load import dump_sections, known_names, load_sections
 from lorafleet.config.lora import LoraConfig
 from lorafleet.config.model import ModelConfig
-from lorafleet.config.training import RunConfig, TrainingConfig
+from lorafleet.config.search import SearchConfig
+from lorafleet.config.training import RunConfig, TrainingConfig, ValidationConfig
 from lorafleet.config.use import AdapterConfig, EvaluationConfig, GenerationConfig, MergeConfig, PromptConfig
 
 __all__ = [
@@ -18,8 +19,10 @@ __all__ = [
     "ModelConfig",
     "PromptConfig",
     "RunConfig",
+    "SearchConfig",
     "Section",
     "TrainingConfig",
+    "ValidationConfig",
     "dump_sections",
     "knob",
     "known_names",

@@ -29,33 +29,38 @@ class TrainingConfig(Section):
 
 
 class RunConfig(Section):
-    """What one run does around its training: evaluate, save, stop, log. Shared by a population."""
+    """What one run does around its training: measure, save, log. Shared by a population."""
 
     output_dir: str = knob(..., "Folder for the adapter, checkpoints, logs and plots.", names=("output",))
     resume_from_checkpoint: str | bool = knob(
         False, "true resumes from the newest checkpoint in output_dir; a path names one.", names=("resume",)
     )
     overwrite: bool = knob(False, "Replace another run in output_dir.", names=("overwrite_output_dir",))
-    eval_strategy: Literal["no", "steps", "epoch"] = knob(
-        "epoch", "When the held-out rows are evaluated during training.", names=("evaluation_strategy",)
-    )
-    eval_steps: int = knob(100, "Optimizer steps between evaluations with eval_strategy steps.", ge=1)
     per_device_eval_batch_size: int = knob(16, "Rows in a batch of evaluation.", names=("eval_batch_size",), ge=1)
     max_eval_rows: int = knob(200, "Held-out rows used for evaluation during and around training.", ge=1)
     save_strategy: Literal["no", "steps", "epoch"] = knob("epoch", "When a checkpoint is saved.")
     save_steps: int = knob(100, "Optimizer steps between checkpoints with save_strategy steps.", ge=1)
     save_total_limit: int = knob(2, "Checkpoints kept; older ones are deleted.", ge=1)
-    load_best_model_at_end: bool = knob(
-        True, "End with the adapter of the lowest evaluation loss.", names=("keep_best",)
-    )
-    early_stopping_patience: int | None = knob(None, "Stop after this many evaluations without a lower loss.", ge=1)
     logging_steps: int = knob(10, "Optimizer steps between progress lines.", ge=1)
     report_to: list[Literal["tensorboard"]] = knob([], "Trackers beside metrics.jsonl.")
     gradient_checkpointing: bool = knob(False, "Recompute activations in the backward pass: less memory, slower.")
     num_threads: int | None = knob(None, "CPU threads; PyTorch's choice when not given.", ge=1)
 
+
+class ValidationConfig(Section):
+    """When an adapter is evaluated while it trains, and what follows from it."""
+
+    eval_strategy: Literal["no", "steps", "epoch"] = knob(
+        "epoch", "When the held-out rows are evaluated during training.", names=("evaluation_strategy",)
+    )
+    eval_steps: int = knob(100, "Optimizer steps between evaluations with eval_strategy steps.", ge=1)
+    load_best_model_at_end: bool = knob(
+        True, "End with the adapter of the lowest evaluation loss.", names=("keep_best",)
+    )
+    early_stopping_patience: int | None = knob(None, "Stop after this many evaluations without a lower loss.", ge=1)
+
     @model_validator(mode="after")
-    def _early_stopping_evaluates(self) -> "RunConfig":
+    def _early_stopping_evaluates(self) -> "ValidationConfig":
         if self.early_stopping_patience is not None and self.eval_strategy == "no":
             raise ValueError("early_stopping_patience needs evaluations; set eval_strategy to steps or epoch")
         return self

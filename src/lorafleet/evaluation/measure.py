@@ -53,7 +53,7 @@ def measure(
         raise DataError("there are no rows to measure on")
     found: list[dict[str, Any]] = [{} for _ in rows]
     ((loss, _),) = mean_losses(LossModel(base.model, bank, base.tokenizer.pad_token_id), rows, [slot], batch_size)
-    metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}  # exp(710) overflows
+    metrics = loss_metrics(loss)
     if data.task == "label":
         metrics |= _label_metrics(base, bank, slot, data, rows, batch_size, found)
     if generation is not None:
@@ -61,6 +61,11 @@ def measure(
     if predictions is not None:
         predictions += found
     return metrics
+
+
+def loss_metrics(loss: float) -> dict[str, float]:
+    """A mean loss in nats, and its perplexity ``exp(loss)``."""
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}  # exp(710) overflows
 
 
 def prompt_of(row: TokenRow) -> list[int]:

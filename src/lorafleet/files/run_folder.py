@@ -28,6 +28,7 @@ _MARKS = (CONFIG, METRICS, SETTINGS)  # any of these means that a run was here
 _OWN = (
     *(*_MARKS, WEIGHTS, MANIFEST, CARD, "provenance.json", RESULT, "loss.png"),
     *("chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("study.db", "report.md", "report.html"),
 )
 _LOCK = ".lorafleet.lock"
 
@@ -133,6 +134,9 @@ def clear_run(output_dir: Path, keep: Path | None = None) -> None:
     for name in _OWN:
         (output_dir / name).unlink(missing_ok=True)
     folders = [*output_dir.glob("checkpoint-*"), *output_dir.glob(".checkpoint-*"), output_dir / "tensorboard"]
+    folders += [
+        manifest.parent for pattern in ("trials/*", "best") for manifest in output_dir.glob(f"{pattern}/{MANIFEST}")
+    ]
     for folder in folders:
         if folder.is_dir() and folder.resolve() != kept:
             shutil.rmtree(folder)

@@ -1,6 +1,6 @@
 """All slots of one model: adapters enter, train or serve side by side, and leave."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, cast
 
@@ -69,6 +69,29 @@ class LoraBank:
 
     # -- adapters enter and leave ---------------------------------------------------------------------------------
 
+    def reserve(self, configs: Iterable[LoraConfig], num_slots: int = 0) -> None:
+        """Make room for adapters like these in this many slots, so that one may enter while others train.
+
+        A layer that has to grow gets new parameters, and whoever trains the old ones would train nothing.
+
+        Raises:
+            ConfigError: Targets do not fit the model.
+        """
+        self._reserve(num_slots)
+        for config in configs:
+            for path in self.find_targets(config):
+                rank = int(pattern_value(config.rank_pattern, path, config.r))
+                self._layer(path, rank).grow(self.num_slots, rank)
+
+    def find_targets(self, config: LoraConfig) -> dict[str, nn.Module]:
+        """The base's layers that an adapter like this would adapt, by path.
+
+        Raises:
+            ConfigError: Targets do not fit the model.
+        """
+        with self._base_view():
+            return find_targets(self.model, config)
+
     def add(self, config: LoraConfig, *, seed: int = 0, slot: int | None = None) -> int:
         """Put a fresh adapter into a slot; its output equals the base's until it is trained.
 
@@ -90,8 +113,8 @@ class LoraBank:
             slot = self.configs.index(None) if None in self.configs else self.num_slots
         if slot < self.num_slots and self.configs[slot] is not None:
             raise AdapterError(f"slot {slot} holds an adapter; remove it first")
+        targets = self.find_targets(config)
         with self._base_view():
-            targets = find_targets(self.model, config)
             saved = find_saved(self.model, config)
         self._reserve(slot + 1)
         for path in targets:
@@ -150,8 +173,16 @@ class LoraBank:
 
     def _fill_layer(self, path: str, slot: int, config: LoraConfig, seed: int) -> None:
         rank = int(pattern_value(config.rank_pattern, path, config.r))
-        layer = self.layers.get(path)
-        if layer is None:
+        layer = self._layer(path, rank)
+        layer.grow(self.num_slots, rank)
+        layer.ranks[slot] = rank
+        layer.scalings[slot] = config.scaling(rank, pattern_value(config.alpha_pattern, path, config.lora_alpha))
+        layer.dropouts[slot] = config.lora_dropout
+        STARTS[config.init_lora_weights](layer.lora_A.data[slot, :rank], generator_for(seed, path))
+
+    def _layer(self, path: str, rank: int) -> LoraLinear:
+        """The LoRA layer at a path, made now where there is none."""
+        if path not in self.layers:
             base = self.model.get_submodule(path)
             if isinstance(base, SlotModule):
                 raise AdapterError(f"{path} is in modules_to_save of another slot; an adapter cannot target it too")
@@ -159,11 +190,7 @@ class LoraBank:
             layer.train(base.training)
             self.layers[path] = layer
             self._place(path, layer)
-        layer.grow(self.num_slots, rank)
-        layer.ranks[slot] = rank
-        layer.scalings[slot] = config.scaling(rank, pattern_value(config.alpha_pattern, path, config.lora_alpha))
-        layer.dropouts[slot] = config.lora_dropout
-        STARTS[config.init_lora_weights](layer.lora_A.data[slot, :rank], generator_for(seed, path))
+        return self.layers[path]
 
     def _fill_saved(self, path: str, slot: int) -> None:
         if path not in self.saved:

@@ -1,11 +1,13 @@
 """What this machine has: device, precision, memory, allocator, speed; the facts that ``doctor`` reports."""
 
 import ctypes
+import gc
 import os
 import platform
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,8 @@ _CGROUP_FILES = (
     (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
     (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
 )
+
+_CLEAR_REFS = Path("/proc/self/clear_refs")
 
 # glibc's mallopt parameters, from malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
@@ -98,6 +102,41 @@ def available_memory_bytes() -> int:
         if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
             free = min(free, max(0, int(text) - int(used.read_text())))
     return free
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """Memory that can still be allocated on a device, in bytes."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
+    return available_memory_bytes()
+
+
+def memory_of(run: Callable[[], object], device: torch.device) -> int | None:
+    """Run something, and tell the most memory that it held beyond what was held before, in bytes.
+
+    Returns:
+        None where the system does not tell: outside Linux, for the CPU.
+    """
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return int(torch.cuda.max_memory_allocated(device)) - before
+    if not os.access(_CLEAR_REFS, os.W_OK):
+        return None
+    gc.collect()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)  # or the run would use what earlier work left in the process
+    _CLEAR_REFS.write_text("5")  # the peak starts anew from what is held now
+    before = peak_memory_bytes()
+    run()
+    return peak_memory_bytes() - before
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says that memory for a tensor was refused; on a CPU PyTorch has no type of its own for that."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def keep_large_allocations() -> bool:

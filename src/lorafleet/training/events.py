@@ -70,5 +70,13 @@ class Finished:
     reason: str
 
 
-Event = StepDone | Evaluated | Saved | Failed | Finished
+@dataclass(frozen=True)
+class Pruned:
+    """An adapter was stopped early because others of its search did better at the same point."""
+
+    name: str
+    step: int
+
+
+Event = StepDone | Evaluated | Saved | Failed | Finished | Pruned
 Observer = Callable[[Event], None]

@@ -1,17 +1,24 @@
 """The training loop: a population of adapters on one frozen base. ``train`` is a population of one."""
 
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
 
-from lorafleet.config.training import RunConfig
+from lorafleet.config.training import RunConfig, ValidationConfig
 from lorafleet.data.batches import collate
-from lorafleet.errors import Interrupted
+from lorafleet.errors import Interrupted, TrainingError
 from lorafleet.evaluation.token_loss import LossModel, mean_losses
 from lorafleet.lora import LoraBank
-from lorafleet.training.events import Evaluated, Event, Failed, Finished, Observer, StepDone
+from lorafleet.models.machine import is_out_of_memory
+from lorafleet.training.events import Evaluated, Event, Failed, Finished, Observer, Pruned, StepDone
 from lorafleet.training.member import Member, Window
+from lorafleet.training.queue import AdapterQueue
+
+logger = logging.getLogger(__name__)
+
+NO_VALIDATION = ValidationConfig(eval_strategy="no")
 
 
 class Population:
@@ -21,7 +28,11 @@ class Population:
         members: The adapters, each in a slot of its own.
         loss_model: The base and its bank.
         bank: The bank.
-        run: When to evaluate, save and stop.
+        run: How many rows to evaluate at a time, and when to save.
+        validation: When those members are evaluated that have no steps of their own for it, and when they stop early.
+        queue: Lets further adapters in, and takes those out that have ended.
+        together: Adapters in one forward pass, at most; all where None. Halved when memory does not suffice.
+        steps: Steps taken before, by the checkpoint that is gone on from.
         observers: Called with every event, in order.
         save: Writes a checkpoint.
         stop_requested: Asked after every step; true saves a checkpoint and ends the run.
@@ -34,48 +45,59 @@ class Population:
         bank: LoraBank,
         run: RunConfig,
         *,
+        validation: ValidationConfig = NO_VALIDATION,
+        queue: AdapterQueue | None = None,
+        together: int | None = None,
+        steps: int = 0,
         observers: Sequence[Observer] = (),
         save: Callable[[], None] | None = None,
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
         self.members, self.loss_model, self.bank, self.run = list(members), loss_model, bank, run
+        self.validation, self.queue, self.together, self.steps = validation, queue, together, steps
         self.observers, self.save, self.stop_requested = observers, save, stop_requested
-        self.steps = max((m.progress.step for m in self.members), default=0)
 
     def train(self) -> None:
-        """Run until every member has finished or failed.
+        """Run until every member has ended and nobody joins.
 
         Raises:
             Interrupted: A stop was requested; a checkpoint holds the state.
+            TrainingError: One adapter by itself does not fit into memory.
         """
         self.bank.train()
-        while active := [m for m in self.members if m.active]:
+        while active := self._active():
             self._step(active)
             self.steps += 1
-            self._evaluate(
-                [m for m in active if m.active and self._due(self.run.eval_strategy, self.run.eval_steps, m)]
-            )
+            self._evaluate(active)
             for member in active:
                 self._end_if_done(member)
+            due = any(member.is_due(self.run.save_strategy, self.run.save_steps) for member in active)
+            if self.queue:
+                for member in active:
+                    if not member.active:
+                        self.queue.dismiss(member)
             if self.stop_requested():
                 self._checkpoint()
                 raise Interrupted(f"stopped at step {self.steps}")
-            if any(self._due(self.run.save_strategy, self.run.save_steps, m) for m in active):
+            if due:
                 self._checkpoint()
         self.bank.eval()
+
+    def _active(self) -> list[Member]:
+        """Who trains in the next step: those who still do, and those who join."""
+        self.members = [member for member in self.members if member.active]
+        joined = self.queue.admit() if self.queue else []
+        if joined:
+            for member in self.members:
+                member.check_bound()
+        self.members += joined
+        return self.members
 
     def _step(self, active: Sequence[Member]) -> None:
         """One optimizer step of every active member; their micro-batches share forward and backward passes."""
         start = time.perf_counter()
         windows = [member.window() for member in active]
-        losses = [0.0] * len(active)
-        for parts in zip_longest(*(window.parts for window in windows)):
-            present = [number for number, part in enumerate(parts) if part is not None]
-            for numbers in self._passes(active, present):
-                loss = self.loss_model(collate([parts[number] for number in numbers]))
-                loss.total.backward()
-                for number, part_loss in zip(numbers, loss.parts, strict=True):
-                    losses[number] += part_loss
+        losses = self._losses(active, windows)
         norms = [member.clip() for member in active]
         outcomes = zip(active, windows, losses, norms, strict=True)
         rates = [self._update(member, window, loss, norm) for member, window, loss, norm in outcomes]
@@ -85,10 +107,37 @@ class Population:
             if rate is not None:
                 self._note_step(member, window, total / max(1, window.targets), norm, rate, seconds)
 
+    def _losses(self, active: Sequence[Member], windows: Sequence[Window]) -> list[float]:
+        """Each member's summed loss over its window, with the gradients left in place."""
+        losses = [0.0] * len(active)
+        try:
+            for parts in zip_longest(*(window.parts for window in windows)):
+                present = [number for number, part in enumerate(parts) if part is not None]
+                for numbers in self._passes(active, present):
+                    loss = self.loss_model(collate([parts[number] for number in numbers]))
+                    loss.total.backward()
+                    for number, part_loss in zip(numbers, loss.parts, strict=True):
+                        losses[number] += part_loss
+            return losses
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            shared = min(self.together or len(active), len(active))
+            if shared == 1:
+                raise TrainingError(
+                    f"one adapter's micro-batch does not fit into memory ({error}); lower per_device_train_batch_size "
+                    "and raise gradient_accumulation_steps, or turn gradient_checkpointing on"
+                ) from error
+            self.together, loss = shared // 2, None  # with its graph, whose memory the next attempt needs
+        logger.warning("out of memory: at most %d adapters share a pass from now on", self.together)
+        self.bank.clear_gradients()
+        return self._losses(active, windows)
+
     def _passes(self, active: Sequence[Member], present: list[int]) -> list[list[int]]:
-        """Which members share a forward pass: all, unless dropout masks cover padding, sized by the longest row."""
+        """Which members share a forward pass: all that fit, unless dropout masks cover padding of the longest row."""
         dropout = any(self.bank.drops(active[number].slot) for number in present)
-        return [present] if self.loss_model.flat or not dropout else [[number] for number in present]
+        size = 1 if dropout and not self.loss_model.flat else self.together or len(present)
+        return [present[start : start + size] for start in range(0, len(present), size)]
 
     def _update(self, member: Member, window: Window, loss: float, norm: float) -> float | None:
         """Step one member, or stop it alone when its loss or gradient is not finite."""
@@ -120,15 +169,13 @@ class Population:
             )
         )
 
-    def _due(self, strategy: str, every: int, member: Member) -> bool:
-        """Whether something done by steps or epochs is due for a member; the last step always is."""
-        if strategy == "no":
-            return False
-        period = every if strategy == "steps" else member.schedule.steps_per_epoch
-        return member.progress.step % period == 0 or member.progress.step == member.total_steps
+    def _evaluates(self, member: Member) -> bool:
+        if member.eval_at is not None:
+            return member.progress.step in member.eval_at
+        return member.is_due(self.validation.eval_strategy, self.validation.eval_steps)
 
-    def _evaluate(self, due: Sequence[Member]) -> None:
-        due = [member for member in due if member.eval_rows]
+    def _evaluate(self, active: Sequence[Member]) -> None:
+        due = [member for member in active if member.active and member.eval_rows and self._evaluates(member)]
         if not due:
             return
         self.bank.eval()
@@ -137,10 +184,15 @@ class Population:
             ((eval_loss, _),) = mean_losses(self.loss_model, member.eval_rows, [member.slot], size)
             best = member.note_evaluation(eval_loss)
             self._tell(Evaluated(member.name, member.progress.step, eval_loss, best))
+        if self.queue:
+            self.queue.judge(due)
+        for member in due:
+            if member.progress.status == "pruned":
+                self._tell(Pruned(member.name, member.progress.step))
         self.bank.train()
 
     def _end_if_done(self, member: Member) -> None:
-        progress, patience = member.progress, self.run.early_stopping_patience
+        progress, patience = member.progress, self.validation.early_stopping_patience
         reason = None
         if progress.step >= member.total_steps:
             reason = "all steps done"

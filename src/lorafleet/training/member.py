@@ -1,7 +1,7 @@
 """One adapter of a population: its rows, its optimizer, its schedule, its state."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,12 +11,12 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from lorafleet.config.training import TrainingConfig
 from lorafleet.data.batches import Part, Schedule, TrainRow, count_targets
-from lorafleet.errors import CheckpointError
+from lorafleet.errors import CheckpointError, TrainingError
 from lorafleet.lora import LoraBank
 from lorafleet.lora.layer import mix_key
 from lorafleet.training.schedule import learning_rate
 
-Status = Literal["training", "finished", "failed"]
+Status = Literal["training", "finished", "pruned", "failed"]
 
 
 @dataclass
@@ -62,6 +62,7 @@ class Member:
         config: Its training knobs.
         rows: Its training rows.
         eval_rows: Its held-out rows; may be empty.
+        eval_at: Steps after which it is evaluated; as the population's validation says where None.
     """
 
     def __init__(
@@ -72,9 +73,10 @@ class Member:
         config: TrainingConfig,
         rows: Sequence[TrainRow],
         eval_rows: Sequence[TrainRow] = (),
+        eval_at: Collection[int] | None = None,
     ) -> None:
         self.name, self.bank, self.slot, self.config = name, bank, slot, config
-        self.rows, self.eval_rows = rows, eval_rows
+        self.rows, self.eval_rows, self.eval_at = rows, eval_rows, eval_at
         self.schedule = Schedule(
             len(rows), config.per_device_train_batch_size, config.gradient_accumulation_steps, config.seed
         )
@@ -93,6 +95,20 @@ class Member:
             fused=True,
         )
         self.best: list[Tensor] | None = None
+
+    def check_bound(self) -> None:
+        """Make sure that the bank still holds the tensors that this member trains.
+
+        Raises:
+            TrainingError: A layer has grown meanwhile and holds others.
+        """
+        now = self.bank.slot_parameters(self.slot)
+        moved = [name for name, one in self.parameters.items() if now[name].parameter is not one.parameter]
+        if moved:
+            raise TrainingError(
+                f"{self.name}: {', '.join(moved[:3])} grew while it was training, for an adapter of a larger rank; "
+                "reserve room for all adapters of a population before it starts (bank.reserve)"
+            )
 
     # -- a step ---------------------------------------------------------------------------------------------------
 
@@ -127,6 +143,13 @@ class Member:
         self.optimizer.step()
         self.progress.step += 1
         return rate
+
+    def is_due(self, strategy: Literal["no", "steps", "epoch"], every: int) -> bool:
+        """Whether something that is done ``every`` steps or once an epoch is due now; after the last step it is."""
+        if strategy == "no":
+            return False
+        period = every if strategy == "steps" else self.schedule.steps_per_epoch
+        return self.progress.step % period == 0 or self.progress.step == self.total_steps
 
     @property
     def active(self) -> bool:

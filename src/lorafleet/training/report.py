@@ -25,7 +25,7 @@ from rich.progress import (
 
 from lorafleet.errors import MissingExtraError
 from lorafleet.files.atomic import write_text
-from lorafleet.training.events import Evaluated, Event, Failed, Finished, Saved, StepDone
+from lorafleet.training.events import Evaluated, Event, Failed, Finished, Pruned, Saved, StepDone
 
 logger = logging.getLogger(__name__)
 
@@ -41,30 +41,30 @@ class MetricsLog:
     """``metrics.jsonl``: one object for each event, in order.
 
     On resume, what was logged after the checkpoint is cut off, so that the file ends as if the run had not stopped.
+
+    Args:
+        path: The file.
+        kept: Bytes of it to keep: ``size`` at the checkpoint.
     """
 
-    def __init__(self, path: Path, resume_step: int) -> None:
-        kept = []
-        if path.exists() and resume_step:
-            kept = [line for line in path.read_text().splitlines() if self._is_before(line, resume_step)]
-        write_text(path, "".join(f"{line}\n" for line in kept))
+    def __init__(self, path: Path, kept: int) -> None:
+        write_text(path, path.read_bytes()[:kept].decode() if path.exists() else "")
         self._file = path.open("a", encoding="utf-8")
-
-    @staticmethod
-    def _is_before(line: str, resume_step: int) -> bool:
-        try:
-            return int(json.loads(line)["step"]) <= resume_step
-        except (ValueError, KeyError):  # the line that was being written when the run was killed
-            return False
 
     def __call__(self, event: Event) -> None:
         """Append one event."""
-        if isinstance(event, Saved | Finished):
+        if isinstance(event, Saved | Finished | Pruned):
             return  # where a run was saved differs when it was interrupted; the losses do not
         kind = {StepDone: "step", Evaluated: "eval", Failed: "failed"}[type(event)]
         record = {"event": kind} | asdict(event)
         self._file.write(json.dumps({k: _finite(v) for k, v in record.items()}, ensure_ascii=False) + "\n")
         self._file.flush()
+
+    @property
+    def size(self) -> int:
+        """Bytes so far, all of them on the disk."""
+        os.fsync(self._file.fileno())
+        return self._file.tell()
 
     def close(self) -> None:
         """Write everything to the disk."""
@@ -108,7 +108,7 @@ class ProgressReport:
             logger.error(
                 "%s stopped in step %d: %s; rows %s", event.name, event.step, event.reason, ", ".join(event.rows)
             )
-        else:
+        elif isinstance(event, Finished):
             logger.info("%s ended at step %d: %s", event.name, event.step, event.reason)
 
     def _step(self, event: StepDone) -> None:

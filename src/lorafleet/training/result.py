@@ -1,7 +1,7 @@
 """What a run leaves behind: settings, adapter, tokenizer, model card, plot, and the numbers of ``--json``."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,10 +9,11 @@ from typing import Any
 from transformers.pytorch_utils import Conv1D
 
 from lorafleet.config.data import DataConfig
+from lorafleet.config.knob import Section
 from lorafleet.config.load import dump_sections
 from lorafleet.config.lora import LoraConfig
 from lorafleet.config.model import ModelConfig
-from lorafleet.config.training import RunConfig, TrainingConfig
+from lorafleet.config.training import RunConfig, TrainingConfig, ValidationConfig
 from lorafleet.data.load import Data
 from lorafleet.files.adapter import save_adapter
 from lorafleet.files.atomic import write_json, write_text
@@ -23,7 +24,7 @@ from lorafleet.models.machine import peak_memory_bytes
 from lorafleet.training.member import Member
 from lorafleet.training.plot import plot_losses
 
-Settings = tuple[ModelConfig, DataConfig, LoraConfig, TrainingConfig, RunConfig]
+Settings = tuple[ModelConfig, DataConfig, LoraConfig, TrainingConfig, ValidationConfig, RunConfig]
 
 
 @dataclass(frozen=True)
@@ -73,14 +74,14 @@ class TrainResult:
         return asdict(self)
 
 
-def write_settings(output_dir: Path, settings: Settings) -> None:
+def write_settings(output_dir: Path, settings: Sequence[Section]) -> None:
     """Write the resolved settings, runnable again as they are, and what made the run.
 
     Resuming and overwriting are what one call was allowed to do, not settings of the run.
     """
-    *sections, run = settings
-    plain = run.model_copy(update={"overwrite": False, "resume_from_checkpoint": False})
-    write_text(output_dir / SETTINGS, dump_sections(*sections, plain))
+    once = {"overwrite": False, "resume_from_checkpoint": False}
+    plain = [one.model_copy(update=once) if isinstance(one, RunConfig) else one for one in settings]
+    write_text(output_dir / SETTINGS, dump_sections(*plain))
     write_json(output_dir / "provenance.json", provenance())
 
 
@@ -107,13 +108,31 @@ def write_results(
         started: ``time.perf_counter()`` at the start of the run.
     """
     before, after = measured
-    _, _, lora_config, _, run = settings
-    kept_best = run.load_best_model_at_end and member.progress.best_loss is not None
+    _, _, lora_config, _, validation, _ = settings
+    kept_best = validation.load_best_model_at_end and member.progress.best_loss is not None
     best_step = member.progress.best_step if kept_best else member.progress.step
     result = _result(output_dir, base, bank, member, best_step, data, (dict(before), dict(after)), started)
+    write_adapter(output_dir, base, bank, member, lora_config, data, settings[1], result.metrics)
+    plot_losses(output_dir / METRICS, output_dir / "loss.png", f"{output_dir.name}: loss", result.eval_loss_before)
+    _write_card(output_dir, base, lora_config, settings[1], result)
+    write_json(output_dir / RESULT, result.as_dict())
+    return result
+
+
+def write_adapter(
+    folder: Path,
+    base: Base,
+    bank: LoraBank,
+    member: Member,
+    lora: LoraConfig,
+    data: Data,
+    data_config: DataConfig,
+    metrics: Mapping[str, float],
+) -> None:
+    """Write a member's adapter with all that using it needs: tokenizer, chat template, and where it came from."""
     save_adapter(
-        output_dir,
-        lora_config,
+        folder,
+        lora,
         {name: tensor.cpu() for name, tensor in bank.state_dict(member.slot).items()},
         base_name=base.name,
         base_revision=base.revision,
@@ -122,20 +141,15 @@ def write_results(
             "tokenizer_hash": base.tokenizer_hash,
             "data_hash": data.data_hash,
             "source_hash": data.source_hash,
-            "data": settings[1].model_dump(mode="json"),
+            "data": data_config.model_dump(mode="json"),
             "labels": list(data.labels),
-            "steps": result.steps,
-            "metrics": result.metrics,
+            "steps": member.progress.step,
+            "metrics": dict(metrics),
         },
         fan_in_fan_out=any(isinstance(layer.base_layer, Conv1D) for layer in bank.layers.values()),
     )
-    tokenizer = base.tokenizer
-    tokenizer.save_pretrained(output_dir)
-    write_text(output_dir / "chat_template.jinja", data.chat_template)
-    plot_losses(output_dir / METRICS, output_dir / "loss.png", f"{output_dir.name}: loss", result.eval_loss_before)
-    _write_card(output_dir, base, lora_config, settings[1], result)
-    write_json(output_dir / RESULT, result.as_dict())
-    return result
+    base.tokenizer.save_pretrained(folder)
+    write_text(folder / "chat_template.jinja", data.chat_template)
 
 
 def _result(

@@ -6,35 +6,32 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lorafleet.config.data import DataConfig
 from lorafleet.config.load import load_sections
 from lorafleet.config.lora import LoraConfig
 from lorafleet.config.model import ModelConfig
-from lorafleet.config.training import RunConfig, TrainingConfig
-from lorafleet.data.load import Data, load_data
-from lorafleet.data.store import TokenRow
-from lorafleet.errors import ConfigError, DataError, Interrupted, TrainingError
+from lorafleet.config.training import RunConfig, TrainingConfig, ValidationConfig
+from lorafleet.data.load import load_data
+from lorafleet.errors import DataError, Interrupted, TrainingError
 from lorafleet.evaluation.measure import measure
 from lorafleet.evaluation.token_loss import LossModel
 from lorafleet.files.deployability import deployability
-from lorafleet.files.run_folder import clear_run, open_run
+from lorafleet.files.run_folder import METRICS, clear_run, open_run
 from lorafleet.lora import LoraBank, inject_lora
 from lorafleet.models.load import Base, load_base
-from lorafleet.models.machine import keep_large_allocations
 from lorafleet.training.checkpoint import RunState
 from lorafleet.training.events import Event, Failed, Observer, Saved
 from lorafleet.training.interrupt import listen
 from lorafleet.training.loop import Population
 from lorafleet.training.member import Member
 from lorafleet.training.recompute import recompute_blocks
-from lorafleet.training.report import MetricsLog, ProgressReport, as_text, require_trackers, tensorboard_observer
+from lorafleet.training.report import MetricsLog, ProgressReport, as_text, tensorboard_observer
 from lorafleet.training.result import TrainResult, write_results, write_settings
+from lorafleet.training.setup import check_run, held_out_rows, prepare_machine, run_identity
 
 logger = logging.getLogger(__name__)
 
-SECTIONS = (ModelConfig, DataConfig, LoraConfig, TrainingConfig, RunConfig)
+SECTIONS = (ModelConfig, DataConfig, LoraConfig, TrainingConfig, ValidationConfig, RunConfig)
 NAME = "adapter"
 
 
@@ -56,13 +53,12 @@ def train(config: Mapping[str, Any] | str | Path | None = None, /, **knobs: Any)
         Interrupted: SIGINT or SIGTERM came; a checkpoint is saved.
     """
     started = time.perf_counter()
-    settings = model_config, data_config, lora_config, training, run = load_sections(SECTIONS, config, knobs)
-    if model_config.dtype == "float16":
-        raise ConfigError("dtype = float16 loses small gradients; train in bfloat16 or float32")
-    require_trackers(run.report_to)
+    settings = load_sections(SECTIONS, config, knobs)
+    model_config, data_config, lora_config, training, validation, run = settings
+    check_run(model_config, run)
     output_dir = Path(run.output_dir)
     with open_run(output_dir, resume=run.resume_from_checkpoint, overwrite=run.overwrite) as checkpoint:
-        _prepare_machine(run)
+        prepare_machine(run)
         base = load_base(model_config)
         data = load_data(data_config, base.tokenizer)
         if "train" not in data.splits:
@@ -72,15 +68,17 @@ def train(config: Mapping[str, Any] | str | Path | None = None, /, **knobs: Any)
         if run.gradient_checkpointing:
             recompute_blocks(base.model, bank)
         _tell_deployability(lora_config, bank)
-        held_out = _held_out(data, run)
+        held_out = held_out_rows(data, run)
         member = Member(NAME, bank, 0, training, data.splits["train"], held_out)
-        state = RunState(output_dir, [member], _identity(base, data, settings), run.save_total_limit)
+        deciding = run_identity(base, data, data_config, lora_config, training, run)
+        deciding["validation"] = validation.model_dump(mode="json")
+        state = RunState(output_dir, deciding, run.save_total_limit)
 
         def measured(slot: int) -> dict[str, float]:
             size = run.per_device_eval_batch_size
             return measure(base, bank, slot, data, held_out, batch_size=size) if held_out else {}
 
-        resume_step = state.restore(checkpoint) if checkpoint else 0
+        resume_step = state.restore(checkpoint, lambda _: [member]) if checkpoint else 0
         if checkpoint:
             logger.info("going on from %s, step %d of %d", checkpoint, resume_step, member.total_steps)
         else:
@@ -89,38 +87,11 @@ def train(config: Mapping[str, Any] | str | Path | None = None, /, **knobs: Any)
         if run.overwrite:  # only now, when all is checked and the base is measured
             clear_run(output_dir, keep=checkpoint)
         write_settings(output_dir, settings)
-        _run(base, bank, member, run, state, output_dir, resume_step)
-        if run.load_best_model_at_end and member.restore_best():
+        _run(base, bank, member, validation, run, state, output_dir, resume_step)
+        if validation.load_best_model_at_end and member.restore_best():
             logger.info("taking the adapter of step %d, the lowest held-out loss", member.progress.best_step)
         before_and_after = (state.extra["before"], measured(member.slot))
         return write_results(output_dir, base, bank, member, data, settings, before_and_after, started)
-
-
-def _prepare_machine(run: RunConfig) -> None:
-    if run.num_threads:
-        torch.set_num_threads(run.num_threads)
-    keep_large_allocations()
-
-
-def _held_out(data: Data, run: RunConfig) -> list[TokenRow]:
-    rows = data.splits.get("valid")
-    return [rows[i] for i in range(min(len(rows), run.max_eval_rows))] if rows is not None else []
-
-
-def _identity(base: Base, data: Data, settings: tuple[Any, ...]) -> dict[str, Any]:
-    """What decides the bytes of the result: a resumed run must agree in all of it."""
-    _, data_config, lora_config, training, run = settings
-    deciding = ("eval_strategy", "eval_steps", "max_eval_rows", "early_stopping_patience", "load_best_model_at_end")
-    return {
-        "base weights": base.weights_hash,
-        "base dtype": str(base.dtype),
-        "tokenizer": base.tokenizer_hash,
-        "data": data.data_hash,
-        "data settings": data_config.model_dump(mode="json", exclude={"data"}),
-        "lora": lora_config.model_dump(mode="json"),
-        "training": training.model_dump(mode="json"),
-        "run": {name: getattr(run, name) for name in deciding},
-    }
 
 
 def _tell_deployability(config: LoraConfig, bank: LoraBank) -> None:
@@ -130,10 +101,17 @@ def _tell_deployability(config: LoraConfig, bank: LoraBank) -> None:
 
 
 def _run(
-    base: Base, bank: LoraBank, member: Member, run: RunConfig, state: RunState, output_dir: Path, resume_step: int
+    base: Base,
+    bank: LoraBank,
+    member: Member,
+    validation: ValidationConfig,
+    run: RunConfig,
+    state: RunState,
+    output_dir: Path,
+    resume_step: int,
 ) -> None:
     """Train with logs, checkpoints and signal handling around the loop."""
-    log = MetricsLog(output_dir / "metrics.jsonl", resume_step)
+    log = MetricsLog(output_dir / METRICS, state.extra.get("log_bytes", 0))
     progress = ProgressReport(run.logging_steps, resume_step)
     failures: list[Failed] = []
     observers: list[Observer] = [log, progress, lambda e: failures.append(e) if isinstance(e, Failed) else None]
@@ -145,12 +123,23 @@ def _run(
             observer(event)
 
     def save() -> None:
-        tell(Saved(member.progress.step, str(state.save())))
+        state.extra["log_bytes"] = log.size
+        tell(Saved(member.progress.step, str(state.save(member.progress.step, [member]))))
 
     loss_model = LossModel(base.model, bank, base.tokenizer.pad_token_id)
     loss_model.speed_up()
     with listen() as stop:
-        population = Population([member], loss_model, bank, run, observers=observers, save=save, stop_requested=stop)
+        population = Population(
+            [member],
+            loss_model,
+            bank,
+            run,
+            validation=validation,
+            steps=resume_step,
+            observers=observers,
+            save=save,
+            stop_requested=stop,
+        )
         try:
             population.train()
         except Interrupted as stopped:
@@ -165,7 +154,7 @@ def _run(
 
 def _stop_at_nan(failure: Failed, member: Member, state: RunState) -> None:
     member.progress.status = "training"  # so that resuming meets the same step, instead of taking it for done
-    path = state.save()
+    path = state.save(member.progress.step, [member])
     raise TrainingError(
         f"stopped in step {failure.step}: {failure.reason}. The batch's rows: {', '.join(failure.rows)}. "
         f"The state before that step is in {path}. Look at those rows, or lower learning_rate or max_grad_norm"

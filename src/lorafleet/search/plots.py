@@ -1,0 +1,155 @@
+"""The pictures of a search, as SVG that stands in a page by itself."""
+
+import json
+from collections.abc import Mapping, Sequence
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+from lorafleet.search.objectives import DIRECTIONS
+from lorafleet.training.plot import running_mean
+
+WINNER, OTHERS, STOPPED = "#c2410c", "#64748b", "#cbd5e1"
+UNITS = {"loss": "nats per trained token", "perplexity": "exp(loss)", "parameters": "trained numbers"}
+
+Trial = Mapping[str, Any]
+
+
+def curves(metrics: Path, trials: Sequence[Trial], objective: str) -> str:
+    """Training loss of every trial over the tokens it has seen, with the points at which it was stopped."""
+    seen: dict[int, tuple[list[int], list[float]]] = {}
+    for line in metrics.read_text(encoding="utf-8").splitlines():
+        event = json.loads(line)
+        if event["event"] == "step":
+            tokens, losses = seen.setdefault(int(event["name"].split()[1]), ([], []))
+            tokens.append(event["tokens"] + (tokens[-1] if tokens else 0))
+            losses.append(float(event["loss"]))
+    figure, axes = _figure(9, 4.2)
+    for trial in reversed(trials):  # the winner last, on top
+        if trial["number"] in seen:
+            tokens, losses = seen[trial["number"]]
+            _curve(axes, trial, tokens, running_mean(tuple(losses)), winner=trial is trials[0])
+    axes.set(xlabel="tokens seen by the trial", ylabel="training loss, running mean (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper right", frameon=False)
+    return _svg(figure)
+
+
+def _curve(axes: Axes, trial: Trial, tokens: Sequence[int], losses: Sequence[float], *, winner: bool) -> None:
+    stopped = trial["state"] != "complete"
+    color = WINNER if winner else STOPPED if stopped else OTHERS
+    label = f"trial {trial['number']}, the best" if winner else None
+    axes.plot(tokens, losses, color=color, linewidth=2.2 if winner else 1.1, label=label)
+    if stopped:
+        axes.plot(tokens[-1], losses[-1], marker="x", color=OTHERS, markersize=5)
+
+
+def rungs(trials: Sequence[Trial], objective: str) -> str:
+    """The objective of every trial where trials were compared, and at the end."""
+    figure, axes = _figure(9, 4.2)
+    ends = [trial["tokens"] for trial in trials if trial["values"]]
+    for trial in reversed(trials):
+        points = [(int(tokens), value) for tokens, value in trial["at_rungs"].items()]
+        if trial["values"] and ends:
+            points.append((max(ends), trial["values"][0]))
+        if points:
+            x, y = zip(*points, strict=True)
+            winner = trial is trials[0]
+            color = WINNER if winner else STOPPED if trial["state"] != "complete" else OTHERS
+            axes.plot(x, y, marker="o", markersize=4, color=color, linewidth=2.2 if winner else 1.1)
+    axes.set(xlabel="tokens seen by the trial", ylabel=f"held-out {_label(objective)}")
+    axes.grid(alpha=0.3)
+    return _svg(figure)
+
+
+def importances(shares: Mapping[str, float]) -> str:
+    """How much of the differences each knob explains."""
+    ordered = sorted(shares.items(), key=lambda pair: pair[1])
+    figure, axes = _figure(9, 0.9 + 0.4 * len(ordered))
+    axes.barh([name for name, _ in ordered], [100 * share for _, share in ordered], color=WINNER)
+    axes.set(xlabel="share of the differences between complete trials (%)", xlim=(0, 100))
+    return _svg(figure)
+
+
+def parallel(trials: Sequence[Trial], objective: str) -> str:
+    """Every trial that reached the end as a line through its values; the colour is the objective."""
+    done = [trial for trial in trials if trial["values"]]
+    names = list(dict.fromkeys(name for trial in done for name in trial["settings"]))
+    figure, axes = _figure(9, 4.6)
+    places = {name: _places([trial["settings"].get(name) for trial in done]) for name in names}
+    values = [trial["values"][0] for trial in done]
+    low, high = min(values), max(values)
+    for trial, value in reversed(list(zip(done, values, strict=True))):
+        better = (value - low) / ((high - low) or 1)
+        better = better if DIRECTIONS[objective] == "maximize" else 1 - better
+        y = [places[name][_key(trial["settings"].get(name))] for name in names] + [better]
+        axes.plot(range(len(names) + 1), y, color=colormaps["viridis"](1 - better), alpha=0.8, linewidth=1.6)
+    for number, name in enumerate(names):
+        for key, place in places[name].items():
+            axes.annotate(key, (number, place), fontsize=8, ha="center", bbox={"fc": "white", "ec": "none", "pad": 1})
+    axes.set_xticks(range(len(names) + 1), [*names, f"{objective}\n(top is better)"])
+    axes.set_yticks([])
+    axes.margins(x=0.08)
+    return _svg(figure)
+
+
+def heat_map(trials: Sequence[Trial], objective: str) -> str | None:
+    """The objective over r and lora_alpha, where both were searched; of several trials in a cell the best."""
+    cells: dict[tuple[Any, Any], float] = {}
+    sign = -1 if DIRECTIONS[objective] == "maximize" else 1
+    for trial in trials:
+        settings, last = trial["settings"], [*trial["at_rungs"].values(), *(trial["values"] or [])[:1]][-1:]
+        if {"r", "lora_alpha"} <= set(settings) and last:
+            place = (settings["r"], settings["lora_alpha"])
+            cells[place] = min(cells.get(place, sign * float("inf")), last[0], key=lambda value: sign * value)
+    ranks, alphas = (sorted({place[axis] for place in cells}) for axis in (0, 1))
+    if len(ranks) < 2 or len(alphas) < 2:
+        return None
+    figure, axes = _figure(6.5, 4.6)
+    grid = [[cells.get((r, alpha), float("nan")) for alpha in alphas] for r in ranks]
+    image = axes.imshow(grid, cmap="viridis_r" if sign > 0 else "viridis", origin="lower", aspect="auto")
+    for (r, alpha), value in cells.items():
+        axes.text(
+            alphas.index(alpha), ranks.index(r), f"{value:.4g}", ha="center", va="center", fontsize=8, color="white"
+        )
+    axes.set_xticks(range(len(alphas)), [f"{alpha:g}" for alpha in alphas])
+    axes.set_yticks(range(len(ranks)), [str(r) for r in ranks])
+    axes.set(xlabel="lora_alpha", ylabel="r")
+    figure.colorbar(image, label=f"last held-out {_label(objective)}")
+    return _svg(figure)
+
+
+def _places(values: Sequence[Any]) -> dict[str, float]:
+    """Heights from 0 to 1 for the values of one knob, in their order."""
+    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    keys = [_key(value) for value in (sorted(set(values)) if numbers else sorted(values, key=str))]
+    keys = list(dict.fromkeys(keys))
+    return {key: 0.5 if len(keys) == 1 else number / (len(keys) - 1) for number, key in enumerate(keys)}
+
+
+def _key(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else "as the run" if value is None else str(value)
+
+
+def _label(objective: str) -> str:
+    return f"{objective} ({UNITS.get(objective, 'share of rows')})"
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _svg(figure: Figure) -> str:
+    """The figure as an ``<svg>`` element that grows and shrinks with its page."""
+    out = StringIO()
+    FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None})
+    text = out.getvalue()
+    return text[text.index("<svg") :]

@@ -1,0 +1,208 @@
+"""The report of a search: ``report.html``, which needs nothing beside itself, and ``report.md``."""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from lorafleet.files.atomic import write_text
+from lorafleet.files.run_folder import METRICS
+from lorafleet.search import plots
+from lorafleet.search.objectives import DIRECTIONS
+from lorafleet.search.result import TuneResult
+from lorafleet.search.space import in_words
+from lorafleet.training.report import clock
+
+STATES = {"complete": "complete", "pruned": "stopped early", "fail": "failed", "running": "running"}
+
+Trial = Mapping[str, Any]
+
+
+def write_report(result: TuneResult) -> Path:
+    """Write both reports into the run folder; return the page's path."""
+    folder = Path(result.output_dir)
+    write_text(folder / "report.md", markdown(result))
+    write_text(folder / "report.html", page(result, folder / METRICS))
+    return folder / "report.html"
+
+
+def conclusion(result: TuneResult) -> list[str]:
+    """What was found, in sentences that follow from the numbers."""
+    best, objective = result.trials[0], result.objectives[0]
+    done = [trial for trial in result.trials if trial["values"]]
+    found = [
+        f"The best of {len(result.trials)} settings is trial {result.best_trial}: {in_words(result.best_settings)}."
+    ]
+    if objective in result.before:
+        before, after = (number(objective, value) for value in (result.before[objective], best["values"][0]))
+        found.append(f"Its held-out {objective} is {after}; the base's was {before}.")
+    if len(done) > 1:
+        spread = _spread(best, objective)
+        gap = abs(done[1]["values"][0] - best["values"][0])
+        within = spread is not None and gap < spread
+        second = f"The second best, trial {done[1]['number']}, is {number(objective, gap)} behind"
+        found.append(second + (", less than the best one's own seeds differ." if within else "."))
+    stopped = sum(trial["state"] == "pruned" for trial in result.trials)
+    share = f"{result.tokens / result.full_tokens:.0%}"
+    found.append(
+        f"{stopped} trials were stopped early, so the search took {result.tokens:,} tokens: {share} of the "
+        f"{result.full_tokens:,} that all trials would have taken."
+    )
+    ends = _at_an_end(result)
+    if ends:
+        found.append(
+            f"The best value of {' and '.join(ends)} is at the end of what was searched; better ones may lie beyond."
+        )
+    return found
+
+
+def number(metric: str, value: float) -> str:
+    """A value of an objective as people write it."""
+    if metric == "parameters":
+        return f"{value:,.0f}"
+    return f"{value:.1%}" if metric in ("accuracy", "macro_f1", "exact_match") else f"{value:.4f}"
+
+
+def _spread(trial: Trial, objective: str) -> float | None:
+    values = [run[objective] for run in trial["runs"].values()]
+    return max(values) - min(values) if len(values) > 1 else None
+
+
+def _at_an_end(result: TuneResult) -> list[str]:
+    """Knobs with three values or more of which the winner has the least or the largest."""
+    found = []
+    for name, value in result.best_settings.items():
+        tried = {
+            trial["settings"].get(name)
+            for trial in result.trials
+            if not isinstance(trial["settings"].get(name), list | dict)
+        }
+        numbers = sorted(one for one in tried if isinstance(one, int | float) and not isinstance(one, bool))
+        if len(numbers) > 2 and value in (numbers[0], numbers[-1]):
+            found.append(name)
+    return found
+
+
+def _columns(result: TuneResult) -> list[str]:
+    return ["rank", "trial", "settings", *result.objectives, "state", "tokens", "time"]
+
+
+def _rows(result: TuneResult) -> list[list[str]]:
+    rows = []
+    for rank, trial in enumerate(result.trials, 1):
+        last = list(trial["at_rungs"].values())[-1:]
+        values = [number(name, value) for name, value in zip(result.objectives, trial["values"] or (), strict=False)]
+        spread = _spread(trial, result.objectives[0])
+        if values and spread is not None:
+            values[0] += f" (seeds differ by {number(result.objectives[0], spread)})"
+        if not values:
+            values = [f"{number(result.objectives[0], last[0])} when stopped" if last else ""]
+            values += [""] * (len(result.objectives) - 1)
+        same = "" if trial["same_as"] is None else f", as trial {trial['same_as']}"
+        cost = [f"{trial['tokens']:,}", clock(trial["seconds"])] if trial["tokens"] else ["", ""]
+        state = STATES.get(trial["state"], trial["state"]) + same
+        rows.append([str(rank), str(trial["number"]), in_words(trial["settings"]), *values, state, *cost])
+    return rows
+
+
+def markdown(result: TuneResult) -> str:
+    """The report without pictures."""
+    head = _columns(result)
+    table = [head, ["---"] * len(head), *_rows(result)]
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table]
+    shares = [f"- {name}: {share:.0%}" for name, share in result.importances.items()]
+    parts = [
+        f"# Search: {Path(result.output_dir).resolve().name}",
+        "\n".join(conclusion(result)),
+        "## Trials\n\n" + "\n".join(lines),
+        "## What made the difference\n\n" + "\n".join(shares) if shares else "",
+        f"## Use it\n\n{_commands(result)}",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _commands(result: TuneResult) -> str:
+    return (
+        f"    lorafleet generate --adapter {result.best} --prompt ...\n"
+        f"    lorafleet train {result.best}/lorafleet.yaml    # the winner again, with the full budget"
+    )
+
+
+def page(result: TuneResult, metrics: Path) -> str:
+    """The report as a page that loads nothing."""
+    objective, trials = result.objectives[0], result.trials
+    name = escape(Path(result.output_dir).resolve().name)
+    settings = "".join(
+        f"<div><dt>{escape(knob)}</dt><dd>{escape(in_words({'': value}).strip())}</dd></div>"
+        for knob, value in result.best_settings.items()
+    )
+    yaml = (Path(result.best) / "lorafleet.yaml").read_text(encoding="utf-8")
+    pictures = [
+        ("Training", "One line for each trial; × where it was stopped.", plots.curves(metrics, trials, objective)),
+        ("Comparisons", "Where trials were compared, and at the end.", plots.rungs(trials, objective)),
+    ]
+    if result.importances:
+        pictures.append(("What made the difference", "Optuna's PED-ANOVA.", plots.importances(result.importances)))
+    pictures.append(("Settings", "Trials that reached the end.", plots.parallel(trials, objective)))
+    heat = plots.heat_map(trials, objective)
+    if heat:
+        pictures.append(("Rank and alpha", "The last value of each trial, stopped or not.", heat))
+    direction = "smaller" if DIRECTIONS[objective] == "minimize" else "larger"
+    return _PAGE.format(
+        name=name,
+        sentences="".join(f"<p>{escape(sentence)}</p>" for sentence in conclusion(result)),
+        objective=escape(objective),
+        value=number(objective, trials[0]["values"][0]),
+        direction=direction,
+        trial=result.best_trial,
+        settings=settings,
+        table=_html_table(_columns(result), _rows(result)),
+        pictures="".join(
+            f"<section><h2>{title}</h2><p class=note>{note}</p><figure>{svg}</figure></section>"
+            for title, note, svg in pictures
+        ),
+        commands=escape(_commands(result)),
+        yaml=escape(yaml),
+    )
+
+
+def _html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    titles = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+    body = "".join(
+        f"<tr{' class=best' if number == 0 else ''}>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>"
+        for number, row in enumerate(rows)
+    )
+    return f"<div class=wide><table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Search: {name}</title>
+<style>
+:root {{ color-scheme: light; --ink: #1e293b; --soft: #64748b; --line: #e2e8f0; --best: #c2410c; }}
+* {{ box-sizing: border-box; }}
+body {{ font: 16px/1.5 system-ui, sans-serif; color: var(--ink); max-width: 60rem; margin: 0 auto; padding: 1rem; }}
+h1 {{ font-size: 1.5rem; }} h2 {{ font-size: 1.15rem; margin: 2rem 0 0.25rem; }}
+.winner {{ border: 2px solid var(--best); border-radius: 0.5rem; padding: 0.75rem 1rem; }}
+.winner strong {{ font-size: 1.6rem; color: var(--best); }}
+dl {{ display: flex; flex-wrap: wrap; gap: 0.25rem 1.5rem; margin: 0.5rem 0 0; }}
+dt {{ color: var(--soft); font-size: 0.85rem; }} dd {{ margin: 0; font-weight: 600; overflow-wrap: anywhere; }}
+.note {{ color: var(--soft); margin: 0 0 0.5rem; }}
+figure {{ margin: 0; overflow-x: auto; }} svg {{ max-width: 100%; height: auto; }}
+.wide {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; width: 100%; font-size: 0.9rem; }}
+th, td {{ text-align: left; padding: 0.35rem 0.6rem; border-bottom: 1px solid var(--line); vertical-align: top; }}
+td:nth-child(3) {{ min-width: 14rem; }}
+tr.best td {{ font-weight: 600; background: #fff7ed; }}
+pre {{ background: #f8fafc; border: 1px solid var(--line); padding: 0.75rem; overflow-x: auto; font-size: 0.85rem; }}
+</style></head><body>
+<h1>Search: {name}</h1>
+<div class="winner"><div>Trial {trial} is the best, with a held-out {objective} of</div>
+<strong>{value}</strong> <span class="note">({direction} is better)</span><dl>{settings}</dl></div>
+{sentences}
+<section><h2>Trials</h2>{table}</section>
+{pictures}
+<section><h2>Use it</h2><pre>{commands}</pre></section>
+<section><h2>The winner's settings</h2><pre>{yaml}</pre></section>
+</body></html>
+"""

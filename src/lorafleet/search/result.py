@@ -1,0 +1,226 @@
+"""What a search leaves behind: the ranking, the winner's adapter, and how to train it again."""
+
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lorafleet.config.data import DataConfig
+from lorafleet.config.load import dump_sections
+from lorafleet.config.search import SearchConfig
+from lorafleet.data.load import Data
+from lorafleet.errors import TrainingError
+from lorafleet.files.adapter import MANIFEST
+from lorafleet.files.atomic import write_json, write_text
+from lorafleet.files.run_folder import CARD, RESULT, SETTINGS, model_card, provenance
+from lorafleet.lora import LoraBank
+from lorafleet.models.load import Base
+from lorafleet.search.fit import configure
+from lorafleet.search.objectives import DIRECTIONS
+from lorafleet.search.space import in_words
+from lorafleet.search.study import Record, Study
+from lorafleet.search.trials import Budget, run_name
+from lorafleet.training.member import Member
+from lorafleet.training.result import write_adapter
+
+TRIALS, BEST = "trials", "best"
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """The outcome of a search.
+
+    Attributes:
+        output_dir: The run folder.
+        best: Folder of the best trial's adapter; with several objectives, of the best in the first one.
+        best_trial: Its number.
+        best_settings: Its knobs.
+        objectives: What was improved.
+        trials: All trials, the best first: number, state, settings, values, metrics, the objective at each rung by
+            tokens, tokens and seconds spent, and the trial whose outcome it shares where the settings mean the same.
+        importances: How much of the differences in the first objective each dimension explains.
+        before: The base's measurements on the held-out rows.
+        population_size: Trials that trained together.
+        tokens: Tokens that all trials processed.
+        full_tokens: Tokens that all trials would have processed without stopping any.
+        seconds: Wall time of this call.
+    """
+
+    output_dir: str
+    best: str
+    best_trial: int
+    best_settings: dict[str, Any]
+    objectives: list[str]
+    trials: list[dict[str, Any]]
+    importances: dict[str, float]
+    before: dict[str, float]
+    population_size: int
+    tokens: int
+    full_tokens: int
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same in JSON's types."""
+        return asdict(self)
+
+
+class TrialKeeper:
+    """Writes the adapters of runs that have reached the full budget into ``trials/``.
+
+    Where one adapter is all that is asked for, a worse one than the best so far is not written, and the best takes the
+    place of the one before.
+    """
+
+    def __init__(
+        self, output_dir: Path, base: Base, bank: LoraBank, data: Data, data_config: DataConfig, search: SearchConfig
+    ) -> None:
+        self.folder, self.base, self.bank, self.data, self.data_config = (
+            output_dir / TRIALS,
+            base,
+            bank,
+            data,
+            data_config,
+        )
+        self.objective = search.objectives[0]
+        self.one = not search.keep_trials and search.seeds_per_trial == 1 and len(search.objectives) == 1
+
+    def keep(self, number: int, member: Member, metrics: Mapping[str, float]) -> None:
+        """Write a member's adapter, if it may be wanted."""
+        folder = self.place(number, member.config.seed)
+        others = {place: value for place, value in self._kept().items() if self.one and place != folder}
+        if any(not self._better(metrics[self.objective], value) for value in others.values()):
+            return
+        config = self.bank.configs[member.slot]
+        assert config is not None
+        write_adapter(folder, self.base, self.bank, member, config, self.data, self.data_config, metrics)
+        for other in others:
+            shutil.rmtree(other)
+
+    def place(self, number: int, seed: int) -> Path:
+        """The folder of one run's adapter."""
+        return self.folder / run_name(number, seed).replace(" ", "-")
+
+    def _kept(self) -> dict[Path, float]:
+        manifests = self.folder.glob(f"*/{MANIFEST}")
+        return {m.parent: json.loads(m.read_text())["metadata"]["metrics"][self.objective] for m in manifests}
+
+    def _better(self, value: float, than: float) -> bool:
+        return value > than if DIRECTIONS[self.objective] == "maximize" else value < than
+
+
+def write_results(
+    output_dir: Path,
+    study: Study,
+    keeper: TrialKeeper,
+    budget: Budget,
+    extra: Mapping[str, Any],
+    settings: Sequence[Any],
+    started: float,
+) -> TuneResult:
+    """Rank the trials, put the winner's adapter into ``best/`` with its settings, and write the result.
+
+    Raises:
+        TrainingError: No trial reached the full budget.
+    """
+    ranked = ranking(study.records, study.config.objectives[0])
+    if not ranked or ranked[0].values is None:
+        raise TrainingError(
+            f"none of the {len(ranked)} trials could be trained to the end; see {output_dir / 'metrics.jsonl'} for "
+            "where their loss stopped being finite, and lower the learning rates"
+        )
+    best = ranked[0]
+    runs = len(study.records) * study.config.seeds_per_trial
+    result = TuneResult(
+        output_dir=str(output_dir),
+        best=str(output_dir / BEST),
+        best_trial=best.number,
+        best_settings=dict(best.notes["settings"]),
+        objectives=study.config.objectives,
+        trials=[_plain(record) for record in ranked],
+        importances=study.importances(),
+        before=dict(extra["before"]),
+        population_size=int(extra["population_size"]),
+        tokens=sum(int(record.notes.get("tokens", 0)) for record in ranked),
+        full_tokens=runs * budget.tokens(1.0),
+        seconds=time.perf_counter() - started,
+    )
+    _write_best(output_dir, keeper, budget, best, result, settings)
+    write_json(output_dir / RESULT, result.as_dict())
+    return result
+
+
+def ranking(records: Sequence[Record], objective: str) -> list[Record]:
+    """Complete trials, the best first; then stopped ones, by how far they came and how well; failed ones last."""
+    sign = -1 if DIRECTIONS[objective] == "maximize" else 1
+
+    def key(record: Record) -> tuple[Any, ...]:
+        if record.values is not None:
+            return (0, sign * record.values[0], record.number)
+        if record.reported:
+            last = max(record.reported)
+            return (1, -last, sign * record.reported[last], record.number)
+        return (2, record.number)
+
+    return sorted(records, key=key)
+
+
+def _plain(record: Record) -> dict[str, Any]:
+    notes = record.notes
+    return {
+        "number": record.number,
+        "state": record.state,
+        "settings": notes.get("settings", {}),
+        "values": record.values,
+        "metrics": notes.get("metrics", {}),
+        "runs": notes.get("runs", {}),
+        "at_rungs": {str(tokens): value for tokens, value in sorted(record.reported.items())},
+        "tokens": notes.get("tokens", 0),
+        "seconds": notes.get("seconds", 0.0),
+        "same_as": notes.get("same_as"),
+    }
+
+
+def _write_best(
+    output_dir: Path,
+    keeper: TrialKeeper,
+    budget: Budget,
+    best: Record,
+    result: TuneResult,
+    settings: Sequence[Any],
+) -> None:
+    """The adapter of the winner's best run, with the YAML that trains it again for the full budget."""
+    model, data, lora, training, run, _ = settings
+    objective, runs = result.objectives[0], best.notes["runs"]
+    sign = -1 if DIRECTIONS[objective] == "maximize" else 1
+    seed = int(min(runs, key=lambda one: sign * runs[one][objective]))
+    folder, partial = output_dir / BEST, output_dir / f".{BEST}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(keeper.place(best.number, seed), partial)
+    own_lora, own_training = configure((lora, training), result.best_settings)
+    own_training = own_training.model_copy(update={"seed": seed, "max_steps": budget.steps(own_training)})
+    again = run.model_copy(
+        update={"output_dir": f"{run.output_dir}-best", "overwrite": False, "resume_from_checkpoint": False}
+    )
+    write_text(partial / SETTINGS, dump_sections(model, data, own_lora, own_training, again))
+    facts: dict[str, Any] = {
+        "found by": f"a search over {len(result.trials)} settings",
+        "settings": in_words(result.best_settings),
+        "seed": seed,
+    }
+    card = model_card(
+        title=f"{output_dir.resolve().name}: the best of {len(result.trials)} settings",
+        base_name=keeper.base.name,
+        lora=own_lora,
+        data=Path(data.data).name,
+        metrics_before=result.before,
+        metrics=dict(best.notes["metrics"]),
+        facts=facts,
+        made_by=provenance(),
+    )
+    write_text(partial / CARD, card)
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.rename(folder)

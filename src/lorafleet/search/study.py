@@ -1,0 +1,258 @@
+"""The record of a search, in an Optuna storage: which trials there are, what was chosen, reported and decided.
+
+All trials are queued when the study is made, so that several processes that share a storage take each exactly once.
+Everything that is decided is written down before it takes effect; a process that is resumed from an older checkpoint
+finds its own decisions again instead of taking new ones.
+"""
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import optuna
+from optuna.trial import TrialState
+
+from lorafleet.config.search import SearchConfig
+from lorafleet.errors import CheckpointError, ConfigError, MissingExtraError
+from lorafleet.lora.layer import mix_key
+from lorafleet.search.objectives import DIRECTIONS
+from lorafleet.search.space import Choice, Dimension, Space, combinations
+from lorafleet.training.checkpoint import differences
+
+DEFAULT_TRIALS = 20
+
+
+@dataclass(frozen=True)
+class Record:
+    """A trial as the storage holds it.
+
+    Args:
+        number: Its number, from 0.
+        state: waiting, running, complete, pruned or fail.
+        chosen: The value of each dimension.
+        values: Its objectives, where it is complete.
+        reported: Its objective at each rung, by tokens.
+        notes: What else was written down of it.
+    """
+
+    number: int
+    state: str
+    chosen: dict[str, Any]
+    values: list[float] | None
+    reported: dict[int, float]
+    notes: dict[str, Any]
+
+
+class Study:
+    """One search in a storage.
+
+    Args:
+        config: How it searches.
+        space: What it searches.
+        url: Optuna's storage URL.
+        name: Its name there.
+        seed: From which, with a trial's number, that trial's sampler is seeded.
+        identity: What decides its results; a study of this name with another one is refused.
+        owner: Who takes trials here, among several processes that share the storage.
+
+    Raises:
+        CheckpointError: The storage holds another search of this name, or cannot be opened.
+        ConfigError: The sampler cannot search this space.
+    """
+
+    def __init__(
+        self,
+        config: SearchConfig,
+        space: Space,
+        url: str,
+        name: str,
+        seed: int,
+        identity: Mapping[str, Any],
+        owner: str = "",
+    ) -> None:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self.config, self.space, self.seed, self.owner = config, space, seed, owner
+        self.sampler, queue = plan_trials(config, space)
+        try:
+            self._study = optuna.create_study(
+                study_name=name,
+                storage=url,
+                directions=[DIRECTIONS[objective] for objective in config.objectives],
+                sampler=self._sampler(0),
+                pruner=optuna.pruners.NopPruner(),
+                load_if_exists=True,
+            )
+        except Exception as error:  # SQLAlchemy's, the database driver's, Optuna's: whatever the URL brings in
+            raise CheckpointError(f"cannot open the study {name!r} in {url}: {error}") from error
+        known = self._study.user_attrs.get("identity")
+        differing = differences(known, json.loads(json.dumps(identity))) if known is not None else []
+        if differing:
+            raise CheckpointError(
+                f"{url} holds another search named {name!r}:\n  - " + "\n  - ".join(differing) + "\n"
+                "Give the settings and data of that search, or choose another study_name or output_dir, or --overwrite"
+            )
+        if not self._study.user_attrs.get("queued"):
+            self._study.set_user_attr("identity", dict(identity))
+            for params in queue[len(self._study.get_trials(deepcopy=False)) :]:
+                self._study.enqueue_trial(params)
+            self._study.set_user_attr("queued", True)
+        self._running: dict[int, optuna.Trial] = {}
+
+    # -- trials -------------------------------------------------------------------------------------------------------
+
+    def ask(self) -> tuple[int, dict[str, Any]] | None:
+        """Take the next trial from the queue: its number, and what was chosen for it; none when the queue is empty."""
+        waiting = self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        if not waiting:
+            return None
+        self._study.sampler = self._sampler(waiting[0].number)
+        trial = self._study.ask()
+        trial.set_user_attr("owner", self.owner)
+        if trial.number >= len(self.records):  # another process was faster, and Optuna made a new one
+            self._study.tell(trial, state=TrialState.FAIL)
+            return None
+        return trial.number, self._choose(trial)
+
+    def again(self, number: int) -> dict[str, Any]:
+        """Go on with a trial that was taken before; what was chosen for it then."""
+        self._study.sampler = self._sampler(number)
+        return self._choose(optuna.Trial(self._study, self._id(number)))
+
+    def report(self, number: int, tokens: int, value: float) -> None:
+        """Write down a trial's objective at a rung."""
+        if self._is_running(number) and tokens not in self._frozen(number).intermediate_values:
+            self._trial(number).report(value, tokens)
+
+    def note(self, number: int, key: str, value: Any) -> None:
+        """Write down anything about a running trial; of one that has ended the notes stay as they are."""
+        if self._is_running(number):
+            self._trial(number).set_user_attr(key, value)
+
+    def complete(self, number: int, values: Sequence[float]) -> None:
+        """A trial has reached the full budget."""
+        self._study.tell(number, list(values), skip_if_finished=True)
+
+    def prune(self, number: int) -> None:
+        """A trial was stopped early."""
+        self._study.tell(number, state=TrialState.PRUNED, skip_if_finished=True)
+
+    def fail(self, number: int) -> None:
+        """A trial's loss or gradient was not finite."""
+        self._study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
+
+    @property
+    def records(self) -> list[Record]:
+        """All trials, in their order."""
+        return [self._record(trial) for trial in self._study.get_trials(deepcopy=False)]
+
+    def record(self, number: int) -> Record:
+        """One trial."""
+        return self._record(self._frozen(number))
+
+    def importances(self) -> dict[str, float]:
+        """How much of the differences in the first objective each dimension explains; empty for too few trials."""
+        complete = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        if len(complete) < 4 or len({trial.values[0] for trial in complete}) < 2:
+            return {}
+        evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+        sign = 1 if DIRECTIONS[self.config.objectives[0]] == "minimize" else -1
+        target = None if len(self.config.objectives) == 1 else (lambda trial: sign * trial.values[0])
+        try:
+            with warnings.catch_warnings(action="ignore", category=UserWarning):  # says what the sign above is for
+                return dict(optuna.importance.get_param_importances(self._study, evaluator=evaluator, target=target))
+        except (ValueError, RuntimeError):  # no dimension that all complete trials share
+            return {}
+
+    # -- Optuna -------------------------------------------------------------------------------------------------------
+
+    def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
+        seed = mix_key(self.seed, number) % 2**32
+        if self.sampler == "tpe":
+            return optuna.samplers.TPESampler(seed=seed, n_startup_trials=min(10, max(4, self._queued() // 4)))
+        if self.sampler == "cmaes":
+            return optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
+        if self.sampler == "nsga2":
+            return optuna.samplers.NSGAIISampler(seed=seed, population_size=min(50, max(4, self._queued() // 4)))
+        return optuna.samplers.RandomSampler(seed=seed)
+
+    def _queued(self) -> int:
+        return self.config.n_trials or self.space.size or DEFAULT_TRIALS
+
+    def _choose(self, trial: optuna.Trial) -> dict[str, Any]:
+        self._running[trial.number] = trial
+        chosen: dict[str, Any] = {}
+        for dimension in self.space.dimensions:
+            if self.space.is_active(dimension, chosen):
+                chosen[dimension.name] = _suggest(trial, dimension)
+        return chosen
+
+    def _trial(self, number: int) -> optuna.Trial:
+        if number not in self._running:
+            self._running[number] = optuna.Trial(self._study, self._id(number))
+        return self._running[number]
+
+    def _frozen(self, number: int) -> optuna.trial.FrozenTrial:
+        return self._study.get_trials(deepcopy=False)[number]
+
+    def _id(self, number: int) -> int:
+        return self._frozen(number)._trial_id
+
+    def _is_running(self, number: int) -> bool:
+        return self._frozen(number).state is TrialState.RUNNING
+
+    def _record(self, trial: optuna.trial.FrozenTrial) -> Record:
+        by_name = {dimension.name: dimension for dimension in self.space.dimensions}
+        return Record(
+            trial.number,
+            trial.state.name.lower(),
+            {name: _from_name(by_name[name], value) for name, value in trial.params.items()},
+            list(trial.values) if trial.state is TrialState.COMPLETE else None,
+            dict(trial.intermediate_values),
+            dict(trial.user_attrs),
+        )
+
+
+def plan_trials(config: SearchConfig, space: Space) -> tuple[str, list[dict[str, Any]]]:
+    """Which sampler chooses, and what is fixed beforehand of every trial: all of it in a grid, nothing elsewhere.
+
+    Raises:
+        ConfigError: A grid over a dimension with any number of values.
+        MissingExtraError: cmaes is not installed.
+    """
+    if config.sampler == "cmaes" and find_spec("cmaes") is None:
+        raise MissingExtraError("sampler cmaes", "search")
+    grid = list(combinations(space)) if space.size is not None else None
+    if config.sampler == "grid" and grid is None:
+        spans = [one.name for one in space.dimensions if one.domain.count is None]
+        raise ConfigError(f"sampler = grid, but {', '.join(spans)} has any number of values; give lists, or steps")
+    if grid is not None and (
+        config.sampler == "grid"
+        or (config.sampler == "auto" and (config.n_trials is None or config.n_trials >= len(grid)))
+    ):
+        names = [{d.name: _to_name(d, one[d.name]) for d in space.dimensions if d.name in one} for one in grid]
+        return "grid", names[: config.n_trials]
+    sampler = "tpe" if config.sampler == "auto" else config.sampler
+    return sampler, [{} for _ in range(config.n_trials or DEFAULT_TRIALS)]
+
+
+def _suggest(trial: optuna.Trial, dimension: Dimension) -> Any:
+    domain = dimension.domain
+    if isinstance(domain, Choice):
+        return _from_name(dimension, trial.suggest_categorical(dimension.name, list(domain.names)))
+    if domain.whole:
+        step = int(domain.step or 1)
+        return trial.suggest_int(dimension.name, int(domain.low), int(domain.high), step=step, log=domain.log)
+    return trial.suggest_float(dimension.name, domain.low, domain.high, step=domain.step, log=domain.log)
+
+
+def _to_name(dimension: Dimension, value: Any) -> Any:
+    domain = dimension.domain
+    return domain.names[domain.values.index(value)] if isinstance(domain, Choice) else value
+
+
+def _from_name(dimension: Dimension, name: Any) -> Any:
+    domain = dimension.domain
+    return domain.values[domain.names.index(name)] if isinstance(domain, Choice) else name

@@ -1,0 +1,50 @@
+"""How many adapters fit into one pass, found out by measuring one and two of them."""
+
+import logging
+from collections.abc import Sequence
+from functools import partial
+
+from lorafleet.data.batches import Part, TrainRow, collate
+from lorafleet.evaluation.token_loss import LossModel
+from lorafleet.models.machine import free_memory_bytes, memory_of
+
+logger = logging.getLogger(__name__)
+
+TENSORS_PER_SLOT = 5
+"""Copies of an adapter that training holds: weights, gradients, two moments, and the best so far."""
+
+
+def adapters_that_fit(
+    loss_model: LossModel, rows: Sequence[TrainRow], slots: Sequence[int], slot_bytes: int, share: float
+) -> int:
+    """Measure how many adapters can share a pass within a part of the free memory.
+
+    One pass forward and backward is run with one adapter's micro-batch, one with two; what the second needs more is
+    what each further adapter will need.
+
+    Args:
+        loss_model: The base and its bank. Gradients that are in the bank are cleared.
+        rows: The largest micro-batch of an adapter.
+        slots: Two slots to run it with.
+        slot_bytes: Bytes of one adapter's weights.
+        share: Part of the free memory that the population may take.
+
+    Returns:
+        1 at least; 1 too where this system does not tell the memory of a pass.
+    """
+    budget = share * free_memory_bytes(loss_model.device)
+    one, two = (memory_of(partial(_pass, loss_model, rows, slots[:n]), loss_model.device) for n in (1, 2))
+    if one is None or two is None:
+        logger.info(
+            "this system does not tell the memory of a pass, so adapters train one after the other; "
+            "population_size sets how many train together"
+        )
+        return 1
+    kept = TENSORS_PER_SLOT * slot_bytes
+    return max(1, 1 + int((budget - one - kept) // (max(0, two - one) + kept)))
+
+
+def _pass(loss_model: LossModel, rows: Sequence[TrainRow], slots: Sequence[int]) -> None:
+    loss_model(collate([Part(slot, rows) for slot in slots])).total.backward()
+    if loss_model.bank is not None:
+        loss_model.bank.clear_gradients()
