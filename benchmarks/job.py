@@ -90,20 +90,15 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(plain, indent=None if isinstance(value, Job) else 1) + "\n", encoding="utf-8")
 
 
-def read_job(path: Path) -> Job:
-    """Read what the parent process wrote."""
-    return Job(**json.loads(path.read_text(encoding="utf-8")))
-
-
-def read_result(path: Path) -> Result:
-    """Read what a peer wrote."""
-    return Result(**json.loads(path.read_text(encoding="utf-8")))
-
-
 def serve(run: Callable[[Job], Result]) -> None:
     """The main function of a peer: read the job, run it, write the result."""
+    serve_plain(lambda job: run(Job(**job)))
+
+
+def serve_plain(run: Callable[[dict[str, Any]], Any]) -> None:
+    """The same for a peer whose job is a plain mapping."""
     job_path, result_path = map(Path, sys.argv[1:3])
-    write_json(result_path, run(read_job(job_path)))
+    write_json(result_path, run(json.loads(job_path.read_text(encoding="utf-8"))))
 
 
 def package_versions(*names: str) -> dict[str, str]:

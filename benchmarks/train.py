@@ -8,10 +8,8 @@ a process of its own. Results go to stdout and into a JSON file, progress to std
 import datetime
 import os
 import shlex
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -19,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import click
-import psutil
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from benchmarks.job import Job, Result, read_result, write_json
+from benchmarks.job import Job, Result, write_json
 from benchmarks.machine import machine_facts
+from benchmarks.process import BenchmarkError, run_module
 from benchmarks.rows import Row, length_grouped, shuffled, tokenized_rows
 from benchmarks.summary import (
     OURS,
@@ -46,13 +44,8 @@ from lorafleet.files.adapter import save_adapter
 from lorafleet.lora import inject_lora
 from lorafleet.models.load import load_base
 
-ROOT = Path(__file__).parents[1]
 PEERS = {OURS: "lorafleet_loop", "peft + Trainer": "peft_trainer", "TRL SFTTrainer": "trl_sft"}
 BATCH_SIZE, LEARNING_RATE, LR_WARMUP_STEPS = 8, 2e-4, 2
-
-
-class BenchmarkError(LorafleetError):
-    """A peer failed, or the peers do not compute the same."""
 
 
 @dataclass(frozen=True)
@@ -212,7 +205,8 @@ def check_parity(plan: Plan, folder: Path) -> Parity:
         BenchmarkError: The losses differ by more than ``PARITY_LIMIT``.
     """
     job = plan.parity_job()
-    parity = compare_losses({peer: run_peer(peer, job, folder)[0].losses for peer in PEERS})
+    results = {peer: run_module(peer, PEERS[peer], job, folder, plan.threads)[0] for peer in PEERS}
+    parity = compare_losses({peer: result["losses"] for peer, result in results.items()})
     if not parity.passed:
         differences = ", ".join(f"{peer} {value:.1e}" for peer, value in parity.relative.items())
         raise BenchmarkError(
@@ -227,50 +221,14 @@ def run_round(plan: Plan, number: int, folder: Path) -> dict[str, Run]:
     order: Sequence[str] = names[number % len(names) :] + names[: number % len(names)]
     runs = {}
     for peer in order:
-        result, other_load = run_peer(peer, plan.throughput_job(number, peer), folder)
-        run = runs[peer] = summarize_run(result, plan.skipped, other_load)
+        result, other_load = run_module(peer, PEERS[peer], plan.throughput_job(number, peer), folder, plan.threads)
+        run = runs[peer] = summarize_run(Result(**result), plan.skipped, other_load)
         click.echo(
             f"round {number + 1} of {plan.rounds}: {peer} {run.tokens_per_second:.0f} real tokens/s, "
             f"{run.peak_memory_bytes / 2**30:.2f} GiB; others used {other_load:.2f} cores",
             err=True,
         )
     return runs
-
-
-def run_peer(peer: str, job: Job, folder: Path) -> tuple[Result, float]:
-    """Run one peer in a process of its own.
-
-    Returns:
-        What it measured, and the cores that others used meanwhile.
-
-    Raises:
-        BenchmarkError: The process failed; the message has the end of its output.
-    """
-    job_path, result_path, log_path = folder / "job.json", folder / "result.json", folder / "log.txt"
-    write_json(job_path, job)
-    threads = {name: str(job.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    environment = os.environ | threads | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", f"benchmarks.peers.{PEERS[peer]}", str(job_path), str(result_path)]
-    before, own_before, start = _busy_seconds(), _children_seconds(), time.perf_counter()
-    with log_path.open("wb") as log:
-        status = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False)
-    if status.returncode:
-        end = log_path.read_text(encoding="utf-8", errors="replace")[-3000:]
-        raise BenchmarkError(f"{peer} failed with exit code {status.returncode}; its output ends with:\n{end}")
-    wall = time.perf_counter() - start
-    others = (_busy_seconds() - before - (_children_seconds() - own_before)) / wall
-    return read_result(result_path), max(0.0, others)
-
-
-def _busy_seconds() -> float:
-    """Processor time that anything used, or the hypervisor took away, since the machine started."""
-    times: dict[str, float] = psutil.cpu_times()._asdict()
-    return sum(value for name, value in times.items() if name not in ("idle", "iowait", "guest", "guest_nice"))
-
-
-def _children_seconds() -> float:
-    times = os.times()
-    return times.children_user + times.children_system
 
 
 def _print_parity(console: Console, parity: Parity) -> None:

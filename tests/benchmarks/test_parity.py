@@ -7,8 +7,9 @@ import pytest
 from click.testing import CliRunner
 
 import benchmarks.train
-from benchmarks.job import IGNORED, Job, Result, read_job, write_json
+from benchmarks.job import IGNORED, Job, Result, write_json
 from benchmarks.peers import lorafleet_loop, peft_trainer
+from benchmarks.process import BenchmarkError, run_module
 from benchmarks.summary import OURS, compare_losses
 from benchmarks.train import PEERS, main
 from tests.benchmarks.jobs import tiny_job, write_rows
@@ -93,14 +94,14 @@ def test_every_peer_may_batch_as_it_likes_in_throughput() -> None:
 
 def test_a_job_survives_json(tmp_path: Path) -> None:
     write_json(tmp_path / "job.json", tiny_job())
-    assert read_job(tmp_path / "job.json") == tiny_job()
+    assert Job(**json.loads((tmp_path / "job.json").read_text())) == tiny_job()
 
 
 def test_the_command_stops_where_the_losses_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fake(peer: str, job: Job, folder: Path) -> tuple[Result, float]:
-        return Result(losses=[2.0 if peer == OURS else 2.1] * job.steps), 0.0
+    def fake(peer: str, module: str, job: Job, folder: Path, threads: int) -> tuple[dict[str, Any], float]:
+        return {"losses": [2.0 if peer == OURS else 2.1] * job.steps}, 0.0
 
-    monkeypatch.setattr(benchmarks.train, "run_peer", fake)
+    monkeypatch.setattr(benchmarks.train, "run_module", fake)
     monkeypatch.setattr(benchmarks.train, "require_peers", lambda: None)
     monkeypatch.setattr(benchmarks.train, "machine_facts", dict)
     data = write_rows(tmp_path / "train.jsonl", 30)
@@ -130,8 +131,8 @@ def test_data_is_required_and_has_to_exist(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_peer_that_fails_is_named_with_its_output(tmp_path: Path) -> None:
     job = tiny_job(model=str(tmp_path / "no model"))
-    with pytest.raises(benchmarks.train.BenchmarkError, match=r"(?s)lorafleet failed with exit code 1.*no model"):
-        benchmarks.train.run_peer(OURS, job, tmp_path)
+    with pytest.raises(BenchmarkError, match=r"(?s)lorafleet failed with exit code 1.*no model"):
+        run_module(OURS, "lorafleet_loop", job, tmp_path, 1)
 
 
 @pytest.mark.slow  # needs the extra [bench], and half a minute to import it in each process
