@@ -198,7 +198,10 @@ def test_another_search_is_refused(place: Path, whole: TuneResult) -> None:
         ({"objective": ["los", "macro_f1"]}, ["did you mean 'loss'", "macro_f1 needs text/label rows"]),
         ({"space": {"r": [], "rnk": [1]}}, ["empty list", "unknown knob 'rnk'"]),
         ({"valid_fraction": 0.0}, ["held-out rows to compare by"]),
-        ({"space": {"r": [999], "target_modules": ["q_porj"]}, "objective": "accuracy"}, ["q_porj", "accuracy"]),
+        (
+            {"space": {"r": [999], "target_modules": ["q_porj"]}, "objective": "accuracy"},
+            ["q_porj", "accuracy", "r = 999"],
+        ),
     ],
 )
 def test_what_cannot_be_searched_is_told_before_training(place: Path, knobs: dict[str, Any], parts: list[str]) -> None:

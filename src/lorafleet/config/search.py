@@ -30,7 +30,7 @@ class SearchConfig(Section):
     )
     seeds_per_trial: int = knob(1, "Runs of each setting, with seeds that count up; their mean is its score.", ge=1)
     pruning: bool = knob(True, "Stop trials early that do worse than others at the same point (successive halving).")
-    reduction_factor: int = knob(3, "Of the trials at a rung, one in this many goes on.", names=("eta",), ge=2)
+    reduction_factor: int = knob(4, "Of the trials at a rung, one in this many goes on.", names=("eta",), ge=2)
     rungs: int = knob(2, "Points at which trials are compared: full budget / eta, / eta², …", ge=1)
     grace_period: float = knob(0.0, "Share of the full budget before which no trial is stopped.", ge=0, lt=1)
     population_size: int | None = knob(

@@ -6,6 +6,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -14,7 +15,10 @@ from matplotlib.figure import Figure
 from lorafleet.search.objectives import DIRECTIONS
 from lorafleet.training.plot import running_mean
 
-WINNER, OTHERS, STOPPED = "#c2410c", "#64748b", "#cbd5e1"
+WINNER, OTHERS, STOPPED = "#c2410c", "#334155", "#94a3b8"
+WIDTH = 6.0
+"""Inches: narrow, so that its words can be read on a telephone."""
+
 UNITS = {"loss": "nats per trained token", "perplexity": "exp(loss)", "parameters": "trained numbers"}
 
 Trial = Mapping[str, Any]
@@ -29,12 +33,12 @@ def curves(metrics: Path, trials: Sequence[Trial], objective: str) -> str:
             tokens, losses = seen.setdefault(int(event["name"].split()[1]), ([], []))
             tokens.append(event["tokens"] + (tokens[-1] if tokens else 0))
             losses.append(float(event["loss"]))
-    figure, axes = _figure(9, 4.2)
+    figure, axes = _figure(3.6)
     for trial in reversed(trials):  # the winner last, on top
         if trial["number"] in seen:
             tokens, losses = seen[trial["number"]]
             _curve(axes, trial, tokens, running_mean(tuple(losses)), winner=trial is trials[0])
-    axes.set(xlabel="tokens seen by the trial", ylabel="training loss, running mean (nats per token)")
+    axes.set(xlabel="tokens seen by the trial", ylabel="running mean (nats per trained token)")
     axes.grid(alpha=0.3)
     axes.legend(loc="upper right", frameon=False)
     return _svg(figure)
@@ -46,12 +50,12 @@ def _curve(axes: Axes, trial: Trial, tokens: Sequence[int], losses: Sequence[flo
     label = f"trial {trial['number']}, the best" if winner else None
     axes.plot(tokens, losses, color=color, linewidth=2.2 if winner else 1.1, label=label)
     if stopped:
-        axes.plot(tokens[-1], losses[-1], marker="x", color=OTHERS, markersize=5)
+        axes.plot(tokens[-1], losses[-1], marker="x", color=OTHERS, markersize=6)
 
 
 def rungs(trials: Sequence[Trial], objective: str) -> str:
     """The objective of every trial where trials were compared, and at the end."""
-    figure, axes = _figure(9, 4.2)
+    figure, axes = _figure(3.6)
     ends = [trial["tokens"] for trial in trials if trial["values"]]
     for trial in reversed(trials):
         points = [(int(tokens), value) for tokens, value in trial["at_rungs"].items()]
@@ -70,28 +74,32 @@ def rungs(trials: Sequence[Trial], objective: str) -> str:
 def importances(shares: Mapping[str, float]) -> str:
     """How much of the differences each knob explains."""
     ordered = sorted(shares.items(), key=lambda pair: pair[1])
-    figure, axes = _figure(9, 0.9 + 0.4 * len(ordered))
+    figure, axes = _figure(0.9 + 0.4 * len(ordered))
     axes.barh([name for name, _ in ordered], [100 * share for _, share in ordered], color=WINNER)
     axes.set(xlabel="share of the differences between complete trials (%)", xlim=(0, 100))
     return _svg(figure)
 
 
 def parallel(trials: Sequence[Trial], objective: str) -> str:
-    """Every trial that reached the end as a line through its values; the colour is the objective."""
-    done = [trial for trial in trials if trial["values"]]
-    names = list(dict.fromkeys(name for trial in done for name in trial["settings"]))
-    figure, axes = _figure(9, 4.6)
-    places = {name: _places([trial["settings"].get(name) for trial in done]) for name in names}
-    values = [trial["values"][0] for trial in done]
-    low, high = min(values), max(values)
-    for trial, value in reversed(list(zip(done, values, strict=True))):
+    """Every trial as a line through its values to its last objective; the best is marked, stopped ones are dashed."""
+    seen = [(trial, value) for trial in trials if (value := last_value(trial)) is not None]
+    names = list(dict.fromkeys(name for trial, _ in seen for name in trial["settings"]))
+    figure, axes = _figure(4.2)
+    places = {name: _places([trial["settings"].get(name) for trial, _ in seen]) for name in names}
+    low, high = min(value for _, value in seen), max(value for _, value in seen)
+    for trial, value in reversed(seen):
         better = (value - low) / ((high - low) or 1)
         better = better if DIRECTIONS[objective] == "maximize" else 1 - better
         y = [places[name][_key(trial["settings"].get(name))] for name in names] + [better]
-        axes.plot(range(len(names) + 1), y, color=colormaps["viridis"](1 - better), alpha=0.8, linewidth=1.6)
+        winner, style = trial is trials[0], "-" if trial["values"] else "--"
+        color = WINNER if winner else colormaps["viridis"](0.9 * better)
+        axes.plot(range(len(names) + 1), y, style, color=color, alpha=0.8, linewidth=2.6 if winner else 1.2)
     for number, name in enumerate(names):
         for key, place in places[name].items():
             axes.annotate(key, (number, place), fontsize=8, ha="center", bbox={"fc": "white", "ec": "none", "pad": 1})
+    best, worst = (high, low) if DIRECTIONS[objective] == "maximize" else (low, high)
+    for place, value in ((1, best), (0, worst)):
+        axes.annotate(f" {value:.4g}", (len(names), place), fontsize=8, va="center")
     axes.set_xticks(range(len(names) + 1), [*names, f"{objective}\n(top is better)"])
     axes.set_yticks([])
     axes.margins(x=0.08)
@@ -103,25 +111,30 @@ def heat_map(trials: Sequence[Trial], objective: str) -> str | None:
     cells: dict[tuple[Any, Any], float] = {}
     sign = -1 if DIRECTIONS[objective] == "maximize" else 1
     for trial in trials:
-        settings, last = trial["settings"], [*trial["at_rungs"].values(), *(trial["values"] or [])[:1]][-1:]
-        if {"r", "lora_alpha"} <= set(settings) and last:
+        settings, last = trial["settings"], last_value(trial)
+        if {"r", "lora_alpha"} <= set(settings) and last is not None:
             place = (settings["r"], settings["lora_alpha"])
-            cells[place] = min(cells.get(place, sign * float("inf")), last[0], key=lambda value: sign * value)
+            cells[place] = min(cells.get(place, sign * float("inf")), last, key=lambda value: sign * value)
     ranks, alphas = (sorted({place[axis] for place in cells}) for axis in (0, 1))
     if len(ranks) < 2 or len(alphas) < 2:
         return None
-    figure, axes = _figure(6.5, 4.6)
+    figure, axes = _figure(4.2)
     grid = [[cells.get((r, alpha), float("nan")) for alpha in alphas] for r in ranks]
     image = axes.imshow(grid, cmap="viridis_r" if sign > 0 else "viridis", origin="lower", aspect="auto")
     for (r, alpha), value in cells.items():
-        axes.text(
-            alphas.index(alpha), ranks.index(r), f"{value:.4g}", ha="center", va="center", fontsize=8, color="white"
-        )
+        ink = "black" if sum(image.to_rgba(np.asarray(value))[:3]) > 1.5 else "white"
+        axes.text(alphas.index(alpha), ranks.index(r), f"{value:.4g}", ha="center", va="center", fontsize=9, color=ink)
     axes.set_xticks(range(len(alphas)), [f"{alpha:g}" for alpha in alphas])
     axes.set_yticks(range(len(ranks)), [str(r) for r in ranks])
     axes.set(xlabel="lora_alpha", ylabel="r")
     figure.colorbar(image, label=f"last held-out {_label(objective)}")
     return _svg(figure)
+
+
+def last_value(trial: Trial) -> float | None:
+    """The first objective at the end, or at the last rung that a stopped trial has reached."""
+    values = [*trial["at_rungs"].values(), *(trial["values"] or [])[:1]]
+    return values[-1] if values else None
 
 
 def _places(values: Sequence[Any]) -> dict[str, float]:
@@ -140,8 +153,8 @@ def _label(objective: str) -> str:
     return f"{objective} ({UNITS.get(objective, 'share of rows')})"
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), layout="constrained")
+def _figure(height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes

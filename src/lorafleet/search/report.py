@@ -43,10 +43,11 @@ def conclusion(result: TuneResult) -> list[str]:
         second = f"The second best, trial {done[1]['number']}, is {number(objective, gap)} behind"
         found.append(second + (", less than the best one's own seeds differ." if within else "."))
     stopped = sum(trial["state"] == "pruned" for trial in result.trials)
-    share = f"{result.tokens / result.full_tokens:.0%}"
+    share = result.tokens / result.full_tokens
     found.append(
-        f"{stopped} trials were stopped early, so the search took {result.tokens:,} tokens: {share} of the "
-        f"{result.full_tokens:,} that all trials would have taken."
+        f"{stopped} trials were stopped early, so the search took {result.tokens:,} tokens: {share:.0%} of the "
+        f"{result.full_tokens:,} that all trials would have taken. It took {clock(result.seconds)}; at the same rate "
+        f"all trials to their end would have taken about {clock(result.seconds / share)}."
     )
     ends = _at_an_end(result)
     if ends:
@@ -90,13 +91,13 @@ def _columns(result: TuneResult) -> list[str]:
 def _rows(result: TuneResult) -> list[list[str]]:
     rows = []
     for rank, trial in enumerate(result.trials, 1):
-        last = list(trial["at_rungs"].values())[-1:]
+        last = plots.last_value(trial)
         values = [number(name, value) for name, value in zip(result.objectives, trial["values"] or (), strict=False)]
         spread = _spread(trial, result.objectives[0])
         if values and spread is not None:
             values[0] += f" (seeds differ by {number(result.objectives[0], spread)})"
         if not values:
-            values = [f"{number(result.objectives[0], last[0])} when stopped" if last else ""]
+            values = [f"{number(result.objectives[0], last)} when stopped" if last is not None else ""]
             values += [""] * (len(result.objectives) - 1)
         same = "" if trial["same_as"] is None else f", as trial {trial['same_as']}"
         cost = [f"{trial['tokens']:,}", clock(trial["seconds"])] if trial["tokens"] else ["", ""]
@@ -143,7 +144,9 @@ def page(result: TuneResult, metrics: Path) -> str:
     ]
     if result.importances:
         pictures.append(("What made the difference", "Optuna's PED-ANOVA.", plots.importances(result.importances)))
-    pictures.append(("Settings", "Trials that reached the end.", plots.parallel(trials, objective)))
+    pictures.append(
+        ("Settings", "Dashed where a trial was stopped: its last value.", plots.parallel(trials, objective))
+    )
     heat = plots.heat_map(trials, objective)
     if heat:
         pictures.append(("Rank and alpha", "The last value of each trial, stopped or not.", heat))
@@ -168,11 +171,13 @@ def page(result: TuneResult, metrics: Path) -> str:
 
 def _html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     titles = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    body = "".join(
-        f"<tr{' class=best' if number == 0 else ''}>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>"
-        for number, row in enumerate(rows)
-    )
-    return f"<div class=wide><table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table></div>"
+    body = ""
+    for number, row in enumerate(rows):
+        cells = "".join(
+            f'<td data-name="{escape(name)}">{escape(cell)}</td>' for name, cell in zip(head, row, strict=True)
+        )
+        body += f"<tr{' class=best' if number == 0 else ''}>{cells}</tr>"
+    return f"<table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table>"
 
 
 _PAGE = """<!doctype html>
@@ -188,19 +193,26 @@ h1 {{ font-size: 1.5rem; }} h2 {{ font-size: 1.15rem; margin: 2rem 0 0.25rem; }}
 dl {{ display: flex; flex-wrap: wrap; gap: 0.25rem 1.5rem; margin: 0.5rem 0 0; }}
 dt {{ color: var(--soft); font-size: 0.85rem; }} dd {{ margin: 0; font-weight: 600; overflow-wrap: anywhere; }}
 .note {{ color: var(--soft); margin: 0 0 0.5rem; }}
-figure {{ margin: 0; overflow-x: auto; }} svg {{ max-width: 100%; height: auto; }}
-.wide {{ overflow-x: auto; }}
+figure {{ margin: 0; }} svg {{ width: 44rem; max-width: 100%; height: auto; }}
 table {{ border-collapse: collapse; width: 100%; font-size: 0.9rem; }}
 th, td {{ text-align: left; padding: 0.35rem 0.6rem; border-bottom: 1px solid var(--line); vertical-align: top; }}
 td:nth-child(3) {{ min-width: 14rem; }}
-tr.best td {{ font-weight: 600; background: #fff7ed; }}
-pre {{ background: #f8fafc; border: 1px solid var(--line); padding: 0.75rem; overflow-x: auto; font-size: 0.85rem; }}
+tr.best {{ background: #fff7ed; }} tr.best td {{ font-weight: 600; }}
+pre {{ background: #f8fafc; border: 1px solid var(--line); padding: 0.75rem; font-size: 0.85rem; }}
+pre {{ white-space: pre-wrap; overflow-wrap: anywhere; }}
+@media (max-width: 45rem) {{ /* a table of eight columns becomes a list */
+  thead {{ display: none; }} td {{ display: inline-block; border: 0; padding: 0 1rem 0 0; }}
+  tr {{ display: block; border-bottom: 1px solid var(--line); padding: 0.5rem; }}
+  td:nth-child(3) {{ display: block; min-width: 0; font-weight: 600; }} td:empty {{ display: none; }}
+  td:not(:nth-child(3))::before {{ content: attr(data-name) " "; color: var(--soft); }}
+}}
 </style></head><body>
 <h1>Search: {name}</h1>
 <div class="winner"><div>Trial {trial} is the best, with a held-out {objective} of</div>
 <strong>{value}</strong> <span class="note">({direction} is better)</span><dl>{settings}</dl></div>
 {sentences}
-<section><h2>Trials</h2>{table}</section>
+<section><h2>Trials</h2>{table}
+<p class="note">Time: of the steps that a trial took part in, which it shared with others.</p></section>
 {pictures}
 <section><h2>Use it</h2><pre>{commands}</pre></section>
 <section><h2>The winner's settings</h2><pre>{yaml}</pre></section>

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -46,7 +45,7 @@ class TuneResult:
         population_size: Trials that trained together.
         tokens: Tokens that all trials processed.
         full_tokens: Tokens that all trials would have processed without stopping any.
-        seconds: Wall time of this call.
+        seconds: Wall time of the search, interruptions not counted.
     """
 
     output_dir: str
@@ -118,7 +117,6 @@ def write_results(
     budget: Budget,
     extra: Mapping[str, Any],
     settings: Sequence[Any],
-    started: float,
 ) -> TuneResult:
     """Rank the trials, put the winner's adapter into ``best/`` with its settings, and write the result.
 
@@ -145,7 +143,7 @@ def write_results(
         population_size=int(extra["population_size"]),
         tokens=sum(int(record.notes.get("tokens", 0)) for record in ranked),
         full_tokens=runs * budget.tokens(1.0),
-        seconds=time.perf_counter() - started,
+        seconds=float(extra["seconds"]),
     )
     _write_best(output_dir, keeper, budget, best, result, settings)
     write_json(output_dir / RESULT, result.as_dict())

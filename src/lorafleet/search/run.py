@@ -99,8 +99,8 @@ def tune(config: Mapping[str, Any] | str | Path | None = None, /, **knobs: Any) 
             lambda lora: list(one.bank.find_targets(lora)),
             keeper.keep,
         )
-        one.train(trials, state, checkpoint, output_dir)
-        result = write_results(output_dir, study, keeper, one.budget, state.extra, settings, started)
+        one.train(trials, state, checkpoint, output_dir, started)
+        result = write_results(output_dir, study, keeper, one.budget, state.extra, settings)
         logger.info("the report is in %s", write_report(result))
         return result
 
@@ -172,7 +172,7 @@ class Search:
         assert member.progress.last_eval_loss is not None
         return loss_metrics(member.progress.last_eval_loss) | {"parameters": parameters}
 
-    def train(self, trials: Trials, state: RunState, checkpoint: Path | None, output_dir: Path) -> None:
+    def train(self, trials: Trials, state: RunState, checkpoint: Path | None, output_dir: Path, started: float) -> None:
         """Train until no trial is left."""
         loss_model = LossModel(self.base.model, self.bank, self.base.tokenizer.pad_token_id)
         self.bank.reserve(self.shapes)
@@ -185,6 +185,7 @@ class Search:
         else:
             state.extra["population_size"] = self.population_size(loss_model)
             self.bank.reserve((), state.extra["population_size"])
+        before = float(state.extra.get("seconds", 0.0))
         queue.size = int(state.extra["population_size"])
         logger.info("%d trials, up to %d train together", len(trials.study.records), queue.size)
         log = MetricsLog(output_dir / METRICS, state.extra.get("log_bytes", 0))
@@ -210,6 +211,7 @@ class Search:
                 members = list(queue.members.values())
                 state.extra |= {
                     "log_bytes": log.size,
+                    "seconds": before + time.perf_counter() - started,
                     "together": population.together,
                     "trials": trials.state(),
                     "slots": {member.name: member.slot for member in members},
