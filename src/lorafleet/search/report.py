@@ -186,12 +186,13 @@ _PAGE = """<!doctype html>
 <style>
 :root {{ color-scheme: light; --ink: #1e293b; --soft: #64748b; --line: #e2e8f0; --best: #c2410c; }}
 * {{ box-sizing: border-box; }}
-body {{ font: 16px/1.5 system-ui, sans-serif; color: var(--ink); max-width: 60rem; margin: 0 auto; padding: 1rem; }}
+body {{ font: 16px/1.5 system-ui, sans-serif; color: var(--ink); max-width: 60rem; margin: 0 auto; padding: 1rem;
+  overflow-wrap: anywhere; }}
 h1 {{ font-size: 1.5rem; }} h2 {{ font-size: 1.15rem; margin: 2rem 0 0.25rem; }}
 .winner {{ border: 2px solid var(--best); border-radius: 0.5rem; padding: 0.75rem 1rem; }}
 .winner strong {{ font-size: 1.6rem; color: var(--best); }}
 dl {{ display: flex; flex-wrap: wrap; gap: 0.25rem 1.5rem; margin: 0.5rem 0 0; }}
-dt {{ color: var(--soft); font-size: 0.85rem; }} dd {{ margin: 0; font-weight: 600; overflow-wrap: anywhere; }}
+dt {{ color: var(--soft); font-size: 0.85rem; }} dd {{ margin: 0; font-weight: 600; }}
 .note {{ color: var(--soft); margin: 0 0 0.5rem; }}
 figure {{ margin: 0; }} svg {{ width: 44rem; max-width: 100%; height: auto; }}
 table {{ border-collapse: collapse; width: 100%; font-size: 0.9rem; }}
@@ -199,7 +200,7 @@ th, td {{ text-align: left; padding: 0.35rem 0.6rem; border-bottom: 1px solid va
 td:nth-child(3) {{ min-width: 14rem; }}
 tr.best {{ background: #fff7ed; }} tr.best td {{ font-weight: 600; }}
 pre {{ background: #f8fafc; border: 1px solid var(--line); padding: 0.75rem; font-size: 0.85rem; }}
-pre {{ white-space: pre-wrap; overflow-wrap: anywhere; }}
+pre {{ white-space: pre-wrap; }}
 @media (max-width: 45rem) {{ /* a table of eight columns becomes a list */
   thead {{ display: none; }} td {{ display: inline-block; border: 0; padding: 0 1rem 0 0; }}
   tr {{ display: block; border-bottom: 1px solid var(--line); padding: 0.5rem; }}
