@@ -38,6 +38,12 @@ class SearchConfig(Section):
     )
     max_memory: float = knob(0.7, "Part of the free memory that the population may take.", gt=0, le=1)
     keep_trials: bool = knob(False, "Keep every finished trial's adapter in trials/, not only the best one.")
+    workers: int = knob(
+        1, "Processes that share the trials, each with a base of its own. They need output_dir in common.", ge=1
+    )
+    backend: Literal["processes", "ray"] = knob(
+        "processes", "Where workers run: processes of this machine, or tasks of the Ray cluster that it belongs to."
+    )
     storage: str | None = knob(None, "Optuna storage URL; a SQLite file in output_dir when not given.")
     study_name: str | None = knob(None, "Name of the study in the storage; the output folder's name when not given.")
 

@@ -134,9 +134,8 @@ def clear_run(output_dir: Path, keep: Path | None = None) -> None:
     for name in _OWN:
         (output_dir / name).unlink(missing_ok=True)
     folders = [*output_dir.glob("checkpoint-*"), *output_dir.glob(".checkpoint-*"), output_dir / "tensorboard"]
-    folders += [
-        manifest.parent for pattern in ("trials/*", "best") for manifest in output_dir.glob(f"{pattern}/{MANIFEST}")
-    ]
+    for pattern, mark in (("trials/*", MANIFEST), ("best", MANIFEST), ("workers/*", METRICS)):
+        folders += [path.parent for path in output_dir.glob(f"{pattern}/{mark}")]
     for folder in folders:
         if folder.is_dir() and folder.resolve() != kept:
             shutil.rmtree(folder)

@@ -22,16 +22,17 @@ class LiveTable:
     Args:
         trials: The trials, for what is not in the events.
         logging_steps: Steps of the population between lines.
+        alone: Whether no other worker writes on the same terminal; a table needs it for itself.
     """
 
-    def __init__(self, trials: Trials, logging_steps: int) -> None:
+    def __init__(self, trials: Trials, logging_steps: int, alone: bool) -> None:
         self.trials, self.every = trials, logging_steps
         self._last: dict[str, StepDone] = {}
         self._held_out: dict[str, float] = {}
         self._rounds, self._seconds, self._tokens = 0, 0.0, 0
         self._lead: str | None = None
         self._live = Live(console=Console(stderr=True), transient=True, auto_refresh=False)
-        self._shows = sys.stderr.isatty()
+        self._shows = alone and sys.stderr.isatty()
         if self._shows:
             self._live.start()
 

@@ -1,31 +1,23 @@
 """What a search leaves behind: the ranking, the winner's adapter, and how to train it again."""
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lorafleet.config.data import DataConfig
 from lorafleet.config.load import dump_sections
-from lorafleet.config.search import SearchConfig
-from lorafleet.data.load import Data
 from lorafleet.errors import TrainingError
-from lorafleet.files.adapter import MANIFEST
 from lorafleet.files.atomic import write_json, write_text
 from lorafleet.files.run_folder import CARD, RESULT, SETTINGS, model_card, provenance
-from lorafleet.lora import LoraBank
-from lorafleet.models.load import Base
 from lorafleet.search.fit import configure
+from lorafleet.search.keeper import adapter_folder
 from lorafleet.search.objectives import DIRECTIONS
 from lorafleet.search.space import in_words
 from lorafleet.search.study import Record, Study
-from lorafleet.search.trials import Budget, run_name
-from lorafleet.training.member import Member
-from lorafleet.training.result import write_adapter
+from lorafleet.search.worker import Worker
 
-TRIALS, BEST = "trials", "best"
+BEST = "best"
 
 
 @dataclass(frozen=True)
@@ -66,63 +58,13 @@ class TuneResult:
         return asdict(self)
 
 
-class TrialKeeper:
-    """Writes the adapters of runs that have reached the full budget into ``trials/``.
-
-    Where one adapter is all that is asked for, a worse one than the best so far is not written, and the best takes the
-    place of the one before.
-    """
-
-    def __init__(
-        self, output_dir: Path, base: Base, bank: LoraBank, data: Data, data_config: DataConfig, search: SearchConfig
-    ) -> None:
-        self.folder, self.base, self.bank, self.data, self.data_config = (
-            output_dir / TRIALS,
-            base,
-            bank,
-            data,
-            data_config,
-        )
-        self.objective = search.objectives[0]
-        self.one = not search.keep_trials and search.seeds_per_trial == 1 and len(search.objectives) == 1
-
-    def keep(self, number: int, member: Member, metrics: Mapping[str, float]) -> None:
-        """Write a member's adapter, if it may be wanted."""
-        folder = self.place(number, member.config.seed)
-        others = {place: value for place, value in self._kept().items() if self.one and place != folder}
-        if any(not self._better(metrics[self.objective], value) for value in others.values()):
-            return
-        config = self.bank.configs[member.slot]
-        assert config is not None
-        write_adapter(folder, self.base, self.bank, member, config, self.data, self.data_config, metrics)
-        for other in others:
-            shutil.rmtree(other)
-
-    def place(self, number: int, seed: int) -> Path:
-        """The folder of one run's adapter."""
-        return self.folder / run_name(number, seed).replace(" ", "-")
-
-    def _kept(self) -> dict[Path, float]:
-        manifests = self.folder.glob(f"*/{MANIFEST}")
-        return {m.parent: json.loads(m.read_text())["metadata"]["metrics"][self.objective] for m in manifests}
-
-    def _better(self, value: float, than: float) -> bool:
-        return value > than if DIRECTIONS[self.objective] == "maximize" else value < than
-
-
-def write_results(
-    output_dir: Path,
-    study: Study,
-    keeper: TrialKeeper,
-    budget: Budget,
-    extra: Mapping[str, Any],
-    settings: Sequence[Any],
-) -> TuneResult:
+def write_results(worker: Worker, study: Study, extra: Mapping[str, Any]) -> TuneResult:
     """Rank the trials, put the winner's adapter into ``best/`` with its settings, and write the result.
 
     Raises:
         TrainingError: No trial reached the full budget.
     """
+    output_dir, budget = Path(worker.run.output_dir), worker.budget
     ranked = ranking(study.records, study.config.objectives[0])
     if not ranked or ranked[0].values is None:
         raise TrainingError(
@@ -145,7 +87,7 @@ def write_results(
         full_tokens=runs * budget.tokens(1.0),
         seconds=float(extra["seconds"]),
     )
-    _write_best(output_dir, keeper, budget, best, result, settings)
+    _write_best(worker, best, result)
     write_json(output_dir / RESULT, result.as_dict())
     return result
 
@@ -181,24 +123,18 @@ def _plain(record: Record) -> dict[str, Any]:
     }
 
 
-def _write_best(
-    output_dir: Path,
-    keeper: TrialKeeper,
-    budget: Budget,
-    best: Record,
-    result: TuneResult,
-    settings: Sequence[Any],
-) -> None:
+def _write_best(worker: Worker, best: Record, result: TuneResult) -> None:
     """The adapter of the winner's best run, with the YAML that trains it again for the full budget."""
-    model, data, lora, training, run, _ = settings
+    model, data, lora, training, run, _ = worker.settings
+    output_dir = Path(run.output_dir)
     objective, runs = result.objectives[0], best.notes["runs"]
     sign = -1 if DIRECTIONS[objective] == "maximize" else 1
     seed = int(min(runs, key=lambda one: sign * runs[one][objective]))
     folder, partial = output_dir / BEST, output_dir / f".{BEST}.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(keeper.place(best.number, seed), partial)
+    shutil.copytree(adapter_folder(Path(best.notes["output_dir"]), best.number, seed), partial)
     own_lora, own_training = configure((lora, training), result.best_settings)
-    own_training = own_training.model_copy(update={"seed": seed, "max_steps": budget.steps(own_training)})
+    own_training = own_training.model_copy(update={"seed": seed, "max_steps": worker.budget.steps(own_training)})
     again = run.model_copy(
         update={"output_dir": f"{run.output_dir}-best", "overwrite": False, "resume_from_checkpoint": False}
     )
@@ -210,7 +146,7 @@ def _write_best(
     }
     card = model_card(
         title=f"{output_dir.resolve().name}: the best of {len(result.trials)} settings",
-        base_name=keeper.base.name,
+        base_name=worker.base.name,
         lora=own_lora,
         data=Path(data.data).name,
         metrics_before=result.before,

@@ -79,7 +79,7 @@ class Study:
         try:
             self._study = optuna.create_study(
                 study_name=name,
-                storage=url,
+                storage=_storage(url),
                 directions=[DIRECTIONS[objective] for objective in config.objectives],
                 sampler=self._sampler(0),
                 pruner=optuna.pruners.NopPruner(),
@@ -213,6 +213,13 @@ class Study:
             dict(trial.intermediate_values),
             dict(trial.user_attrs),
         )
+
+
+def _storage(url: str) -> str | optuna.storages.RDBStorage:
+    """A storage; SQLite waits a minute for other processes that write."""
+    if not url.startswith("sqlite:"):
+        return url
+    return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}})
 
 
 def plan_trials(config: SearchConfig, space: Space) -> tuple[str, list[dict[str, Any]]]:

@@ -5,6 +5,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -91,6 +92,7 @@ class Trials:
         seeds: Seeds of the runs of each setting.
         targets: Paths that an adapter with these knobs adapts, by which two settings are known to be the same.
         keep: Told of every run that has reached the full budget, while its adapter is in its slot.
+        output_dir: Where it is kept.
     """
 
     def __init__(
@@ -104,10 +106,11 @@ class Trials:
         seeds: Sequence[int],
         targets: Callable[[LoraConfig], Sequence[str]],
         keep: Callable[[int, Member, Mapping[str, float]], None],
+        output_dir: Path,
     ) -> None:
         self.study, self.configure, self.budget = study, configure, budget
         self.rows, self.eval_rows, self.measure = rows, eval_rows, measure
-        self.seeds, self.targets, self.keep = list(seeds), targets, keep
+        self.seeds, self.targets, self.keep, self.output_dir = list(seeds), targets, keep, output_dir
         self.asked: list[int] = []
         self.open: dict[int, OpenTrial] = {}
         self.effective: dict[str, int] = {}
@@ -236,6 +239,7 @@ class Trials:
             return
         runs = list(trial.finals.values())
         means = {name: fmean(run[name] for run in runs) for name in runs[0]}
+        self.study.note(trial.number, "output_dir", str(self.output_dir))
         self.study.note(trial.number, "metrics", means)
         self.study.note(trial.number, "runs", trial.finals)
         for number in numbers:

@@ -1,0 +1,174 @@
+"""``python -m benchmarks.tune``: the classic grid of 16 settings, searched here and by a plain loop of trainers.
+
+For each seed: ``lorafleet tune --space classic`` as a user runs it, timed from the outside, and the same without
+stopping any trial, which tells the true loss of every setting. The plain loop is PEFT and Trainer for each setting on a
+base that is loaded once; its time is measured on a few settings and scaled to all 16. Regret is what the search lost:
+(winner - best) / (median - best), by the full grid's losses. Results go to stdout and into a JSON file.
+"""
+
+import datetime
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import click
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.job import IGNORED, write_json
+from benchmarks.machine import machine_facts
+from benchmarks.process import BenchmarkError, run_module
+from lorafleet.config.data import DataConfig
+from lorafleet.config.model import ModelConfig
+from lorafleet.config.training import TrainingConfig
+from lorafleet.data.load import load_data
+from lorafleet.errors import LorafleetError
+from lorafleet.models.load import load_base
+from lorafleet.search.presets import PRESETS
+
+GRID = [{"r": r, "lora_alpha": alpha} for r in PRESETS["classic"]["r"] for alpha in PRESETS["classic"]["lora_alpha"]]
+
+
+@click.command(help=(__doc__ or "").partition("\n\n")[2], context_settings={"show_default": True})
+@click.option("--data", required=True, help="Rows with held-out ones, for example the folder of E2E NLG.")
+@click.option("--model", default="smollm2-135m", help="The base, as lorafleet takes it.")
+@click.option("--steps", type=click.IntRange(4), default=48, help="Full budget of a setting, in steps of 8 rows.")
+@click.option("--eval-rows", type=click.IntRange(1), default=64, help="Held-out rows.")
+@click.option("--seeds", type=click.IntRange(1), default=3, help="3 or more for figures to quote.")
+@click.option(
+    "--peer-settings", type=click.IntRange(1, 16), default=2, help="Settings that the plain loop is timed on."
+)
+@click.option("--threads", type=click.IntRange(1), default=os.cpu_count(), help="CPU threads.")
+@click.option("--output", type=click.Path(path_type=Path), default=Path("benchmarks/results/tune.json"))
+def main(output: Path, **options: Any) -> None:
+    """Parse, measure, print."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="lorafleet-benchmark-") as folder:
+            report = benchmark(Path(folder), **options)
+    except LorafleetError as error:
+        click.echo(f"benchmarks.tune: {error}", err=True)
+        sys.exit(1)
+    Console(width=None if sys.stdout.isatty() else 120).print(_table(report))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(output, report)
+    click.echo(f"wrote {output}", err=True)
+
+
+def benchmark(folder: Path, data: str, model: str, seeds: int, peer_settings: int, **numbers: int) -> dict[str, Any]:
+    """Measure the plain loop, then the search and the full grid for each seed.
+
+    Raises:
+        BenchmarkError: A process failed.
+        LorafleetError: The model or the rows cannot be used.
+    """
+    facts = machine_facts()
+    peer, others = run_module(
+        "peft + Trainer", "tune_peft", _peer_job(data, model, peer_settings, **numbers), folder, numbers["threads"]
+    )
+    loop_seconds = sum(one["seconds"] for one in peer) * len(GRID) / len(peer)
+    click.echo(f"plain loop: {loop_seconds:.0f} s for {len(GRID)} settings, scaled from {len(peer)}", err=True)
+    found = []
+    for seed in range(42, 42 + seeds):
+        search, seconds = _tune(folder / f"search-{seed}", data, model, seed, **numbers)
+        grid, grid_seconds = _tune(folder / f"grid-{seed}", data, model, seed, "--no-pruning", **numbers)
+        losses = {one["number"]: one["values"][0] for one in grid["trials"]}
+        best, middle = min(losses.values()), median(losses.values())
+        one = {
+            "seed": seed,
+            "seconds": seconds,
+            "grid_seconds": grid_seconds,
+            "tokens": search["tokens"],
+            "full_tokens": search["full_tokens"],
+            "winner": search["best_settings"],
+            "regret": (losses[search["best_trial"]] - best) / (middle - best),
+            "losses": losses,
+        }
+        found.append(one)
+        click.echo(
+            f"seed {seed}: {seconds:.0f} s, {loop_seconds / seconds:.1f} times, regret {one['regret']:.3f}", err=True
+        )
+    return {
+        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": facts,
+        "settings": {"data": Path(data).name, "model": model, "grid": GRID, **numbers},
+        "plain_loop": {"seconds": loop_seconds, "measured": peer, "other_load": others},
+        "seeds": found,
+    }
+
+
+def _peer_job(data: str, model: str, peer_settings: int, steps: int, eval_rows: int, threads: int) -> dict[str, Any]:
+    base = load_base(ModelConfig(model_name_or_path=model, device="cpu", dtype="float32"))
+    splits = load_data(DataConfig(data=data), base.tokenizer).splits
+    rows: dict[str, list[dict[str, list[int]]]] = {}
+    for name, count in (("train", 8 * steps), ("valid", eval_rows)):
+        chosen = [splits[name][i] for i in range(count)]
+        rows[name] = [
+            {
+                "input_ids": [int(i) for i in row.input_ids],
+                "labels": np.where(row.loss_mask, row.input_ids, IGNORED).tolist(),
+            }
+            for row in chosen
+        ]
+    training = TrainingConfig()
+    places = np.linspace(0, len(GRID) - 1, peer_settings).round().astype(int)
+    return {
+        "model": base.source,
+        "rows": rows["train"],
+        "eval_rows": rows["valid"],
+        "settings": [GRID[i] for i in places],
+        "steps": steps,
+        "learning_rate": training.learning_rate,
+        "warmup_ratio": training.warmup_ratio,
+        "seed": training.seed,
+        "threads": threads,
+    }
+
+
+def _tune(
+    folder: Path, data: str, model: str, seed: int, *flags: str, steps: int, eval_rows: int, threads: int
+) -> tuple[dict[str, Any], float]:
+    """The command, and how long it took from start to end."""
+    command = [sys.executable, "-m", "lorafleet", "tune", "--space", "classic", "--model", model, "--data", data]
+    command += ["--output-dir", str(folder), "--max-steps", str(steps), "--max-eval-rows", str(eval_rows)]
+    command += ["--seed", str(seed), "--num-threads", str(threads), "--json", *flags]
+    start = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise BenchmarkError(f"lorafleet tune failed with exit code {done.returncode}:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout), time.perf_counter() - start
+
+
+def _table(report: dict[str, Any]) -> Table:
+    loop = report["plain_loop"]["seconds"]
+    table = Table(
+        title=f"{len(GRID)} settings, {report['settings']['steps']} steps each; a plain loop takes {loop:.0f} s"
+    )
+    columns = ("seed", "seconds", "× faster", "tokens", "regret", "winner", "loss best / median / worst")
+    for column in columns:
+        table.add_column(column)
+    for one in report["seeds"]:
+        losses = sorted(one["losses"].values())
+        spread = f"{losses[0]:.4f} / {median(losses):.4f} / {losses[-1]:.4f}"
+        tokens = f"{one['tokens'] / one['full_tokens']:.0%}"
+        winner = ", ".join(f"{name} {value:g}" for name, value in one["winner"].items())
+        cells = (
+            f"{one['seconds']:.0f}",
+            f"{loop / one['seconds']:.1f}",
+            tokens,
+            f"{one['regret']:.3f}",
+            winner,
+            spread,
+        )
+        table.add_row(str(one["seed"]), *cells)
+    return table
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""One worker of a search: a base, rows and a bank, made ready for every trial; and its share of the trials."""
+
+import logging
+import socket
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lorafleet.config.data import DataConfig
+from lorafleet.config.lora import LoraConfig
+from lorafleet.config.model import ModelConfig
+from lorafleet.config.search import SearchConfig
+from lorafleet.config.training import RunConfig, TrainingConfig
+from lorafleet.config.use import GenerationConfig
+from lorafleet.data.load import Data
+from lorafleet.errors import Interrupted
+from lorafleet.evaluation.measure import loss_metrics, measure
+from lorafleet.evaluation.token_loss import LossModel
+from lorafleet.files.run_folder import METRICS
+from lorafleet.lora import LoraBank
+from lorafleet.models.load import Base
+from lorafleet.search.fit import configure, shapes
+from lorafleet.search.halving import rung_shares
+from lorafleet.search.keeper import TrialKeeper
+from lorafleet.search.live import LiveTable
+from lorafleet.search.objectives import LABELS
+from lorafleet.search.space import Space
+from lorafleet.search.study import Study, plan_trials
+from lorafleet.search.trials import Budget, Trials
+from lorafleet.training.capacity import adapters_that_fit
+from lorafleet.training.checkpoint import RunState
+from lorafleet.training.events import Observer
+from lorafleet.training.interrupt import listen
+from lorafleet.training.loop import Population
+from lorafleet.training.member import Member
+from lorafleet.training.queue import AdapterQueue
+from lorafleet.training.recompute import recompute_blocks
+from lorafleet.training.report import MetricsLog, tensorboard_observer
+from lorafleet.training.setup import held_out_rows, run_identity
+
+logger = logging.getLogger(__name__)
+
+Settings = tuple[ModelConfig, DataConfig, LoraConfig, TrainingConfig, RunConfig, SearchConfig]
+
+
+class Worker:
+    """A base and rows, made ready for every trial of a space.
+
+    Args:
+        base: The base; its layers are replaced by a bank's.
+        data: Rows to train on and to compare by.
+        space: A space that has been checked.
+        settings: The sections of the search.
+        name: By which trials are known to be this worker's; empty where it is the only one.
+    """
+
+    def __init__(self, base: Base, data: Data, space: Space, settings: Settings, name: str = "") -> None:
+        _, self.data_config, self.lora, self.training, self.run, self.search = settings
+        self.base, self.data, self.space, self.settings, self.name = base, data, space, settings, name
+        self.held_out = held_out_rows(data, self.run)
+        self.bank = LoraBank(base.model, 2)
+        self.shapes = shapes(space, (self.lora, self.training))
+        if self.run.gradient_checkpointing:
+            recompute_blocks(base.model, self.bank)
+        rows = data.splits["train"]
+        training = self.training
+        steps = training.max_steps
+        per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps
+        seen = steps * per_step if steps is not None else max(1, round(training.num_train_epochs * len(rows)))
+        rungs = rung_shares(self.search.reduction_factor, self.search.rungs, self.search.grace_period)
+        self.budget = Budget(seen, float(rows.lengths.mean()), rungs if self.search.prunes else ())
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the result of a search: a resumed one must agree in all of it, and every worker too."""
+        mine = self.search.model_dump(mode="json", exclude=_FREE)
+        return run_identity(self.base, self.data, *self.settings[1:5]) | {"search": mine}
+
+    def measure_slot(self, slot: int) -> dict[str, float]:
+        """The objectives that need rows, of one slot."""
+        generation = GenerationConfig() if "exact_match" in self.search.objectives else None
+        size = self.run.per_device_eval_batch_size
+        found = measure(self.base, self.bank, slot, self.data, self.held_out, batch_size=size, generation=generation)
+        return dict(found)
+
+    def measure_member(self, member: Member) -> dict[str, float]:
+        """All objectives of a member that was just evaluated; its loss is known."""
+        parameters = float(sum(one.numel() for one in self.bank.state_dict(member.slot).values()))
+        if {*LABELS, "exact_match"} & set(self.search.objectives):
+            return self.measure_slot(member.slot) | {"parameters": parameters}
+        assert member.progress.last_eval_loss is not None
+        return loss_metrics(member.progress.last_eval_loss) | {"parameters": parameters}
+
+    def open_study(self) -> Study:
+        """The record of the search, made where there is none."""
+        output_dir = Path(self.run.output_dir).resolve()
+        url = self.search.storage or f"sqlite:///{output_dir / 'study.db'}"
+        name = self.search.study_name or output_dir.name
+        owner = f"{socket.gethostname()}:{output_dir} {self.name}".rstrip()
+        return Study(self.search, self.space, url, name, self.training.seed, self.identity(), owner)
+
+    def train(self, study: Study, folder: Path, checkpoint: Path | None, extra: Mapping[str, Any]) -> dict[str, Any]:
+        """Train until no trial is left.
+
+        Args:
+            study: Where trials come from.
+            folder: For this worker's checkpoints and log.
+            checkpoint: To go on from.
+            extra: What its checkpoints are to hold besides.
+
+        Returns:
+            What its last checkpoint holds besides.
+
+        Raises:
+            Interrupted: SIGINT or SIGTERM came; a checkpoint is saved.
+        """
+        started = time.perf_counter()
+        keeper = TrialKeeper(self.base, self.bank, self.data, self.data_config, self.run, self.search)
+        trials = Trials(
+            study,
+            partial(configure, (self.lora, self.training)),
+            self.budget,
+            self.data.splits["train"],
+            self.held_out,
+            self.measure_member,
+            [self.training.seed + number for number in range(self.search.seeds_per_trial)],
+            lambda lora: list(self.bank.find_targets(lora)),
+            keeper.keep,
+            Path(self.run.output_dir).resolve(),
+        )
+        state = RunState(folder, self.identity(), self.run.save_total_limit, extra)
+        loss_model = LossModel(self.base.model, self.bank, self.base.tokenizer.pad_token_id)
+        self.bank.reserve(self.shapes)
+        loss_model.speed_up()
+        queue = AdapterQueue(self.bank, trials, 0)
+        step = 0
+        if checkpoint:
+            step = state.restore(checkpoint, lambda extra: self._restored(extra, trials, queue))
+            logger.info("going on from %s", checkpoint)
+        else:
+            state.extra["population_size"] = self.population_size(loss_model)
+            self.bank.reserve((), state.extra["population_size"])
+        before = float(state.extra.get("seconds", 0.0))
+        queue.size = int(state.extra["population_size"])
+        logger.info("%d trials, up to %d train together", len(trials.study.records), queue.size)
+        log = MetricsLog(folder / METRICS, state.extra.get("log_bytes", 0))
+        live = LiveTable(trials, self.run.logging_steps, alone=not self.name)
+        observers: list[Observer] = [log, live]
+        if "tensorboard" in self.run.report_to:
+            observers.append(tensorboard_observer(folder / "tensorboard"))
+        with listen() as stop:
+            population = Population(
+                list(queue.members.values()),
+                loss_model,
+                self.bank,
+                self.run,
+                queue=queue,
+                together=state.extra.get("together"),
+                steps=step,
+                observers=observers,
+                save=lambda: save(),
+                stop_requested=stop,
+            )
+
+            def save() -> None:
+                members = list(queue.members.values())
+                state.extra |= {
+                    "log_bytes": log.size,
+                    "seconds": before + time.perf_counter() - started,
+                    "together": population.together,
+                    "trials": trials.state(),
+                    "slots": {member.name: member.slot for member in members},
+                }
+                state.save(population.steps, members)
+
+            try:
+                if not checkpoint:
+                    save()  # how many train together is found out once, even if the search is killed at once
+                population.train()
+                save()
+            except Interrupted as stopped:
+                remedy = f"go on with: --resume-from-checkpoint true --output-dir {self.run.output_dir}"
+                raise Interrupted(f"{stopped}; the checkpoint is in {folder}; {remedy}") from None
+            finally:
+                live.close()
+                log.close()
+        return state.extra
+
+    def population_size(self, loss_model: LossModel) -> int:
+        """How many trials train together: as the user says, or as many as memory has room for."""
+        given = self.search.population_size
+        runs = len(plan_trials(self.search, self.space)[1]) * self.search.seeds_per_trial
+        if given is not None:
+            return min(given, runs)
+        rows = self.data.splits["train"]
+        largest = max(self.shapes, key=lambda lora: lora.r)
+        size = max(training.per_device_train_batch_size for training in self._trainings())
+        longest = [rows[int(i)] for i in rows.lengths.argsort()[-size:]]
+        slots = [self.bank.add(largest, slot=slot) for slot in range(2)]
+        self.bank.train()
+        slot_bytes = sum(one.value.nbytes for one in self.bank.slot_parameters(0).values())
+        fitting = adapters_that_fit(loss_model, longest, slots, slot_bytes, self.search.max_memory)
+        for slot in slots:
+            self.bank.remove(slot)
+        return min(fitting, runs)
+
+    def _trainings(self) -> list[TrainingConfig]:
+        """The training knobs at every end of the space."""
+        own = (self.lora, self.training)
+        return [
+            configure(own, one.settings(value))[1] for one in self.space.dimensions for value in one.domain.samples
+        ] or [self.training]
+
+    def _restored(self, extra: Mapping[str, Any], trials: Trials, queue: AdapterQueue) -> list[Member]:
+        self.bank.reserve((), extra["population_size"])
+        trials.load(extra["trials"])
+        return [queue.place(trials.candidate_of(name), slot) for name, slot in extra["slots"].items()]
+
+
+_FREE = {"max_memory", "population_size", "keep_trials", "storage", "backend"}
+"""Knobs of a search that change nothing in what a trial is worth."""
