@@ -37,9 +37,9 @@ class TrialKeeper:
     ) -> None:
         self.base, self.bank, self.data, self.data_config = base, bank, data, data_config
         self.output_dir, self.objective = Path(run.output_dir), search.objectives[0]
-        # Workers would take each other's adapters away while they are being written.
-        alone = search.workers == 1 and search.seeds_per_trial == 1 and len(search.objectives) == 1
-        self.one = alone and not search.keep_trials
+        # Others who share the trials might be reading or writing an adapter that is to go.
+        alone = search.workers == 1 and search.storage is None
+        self.one = alone and not search.keep_trials and search.seeds_per_trial == 1 and len(search.objectives) == 1
 
     def keep(self, number: int, member: Member, metrics: Mapping[str, float]) -> None:
         """Write a member's adapter, if it may be wanted."""

@@ -6,6 +6,7 @@ finds its own decisions again instead of taking new ones.
 """
 
 import json
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from lorafleet.search.space import Choice, Dimension, Space, combinations
 from lorafleet.training.checkpoint import differences
 
 DEFAULT_TRIALS = 20
+_PATIENCE = 5.0
+"""Seconds in which a study that another process is making has to grow."""
 
 
 @dataclass(frozen=True)
@@ -77,16 +80,11 @@ class Study:
         self.config, self.space, self.seed, self.owner = config, space, seed, owner
         self.sampler, queue = plan_trials(config, space)
         try:
-            self._study = optuna.create_study(
-                study_name=name,
-                storage=_storage(url),
-                directions=[DIRECTIONS[objective] for objective in config.objectives],
-                sampler=self._sampler(0),
-                pruner=optuna.pruners.NopPruner(),
-                load_if_exists=True,
-            )
+            self._study, made = self._open(url, name)
         except Exception as error:  # SQLAlchemy's, the database driver's, Optuna's: whatever the URL brings in
             raise CheckpointError(f"cannot open the study {name!r} in {url}: {error}") from error
+        if not made:
+            self._wait_for_queue()
         known = self._study.user_attrs.get("identity")
         differing = differences(known, json.loads(json.dumps(identity))) if known is not None else []
         if differing:
@@ -101,20 +99,35 @@ class Study:
             self._study.set_user_attr("queued", True)
         self._running: dict[int, optuna.Trial] = {}
 
+    def _open(self, url: str, name: str) -> tuple[optuna.Study, bool]:
+        """The study, and whether it was made here: of several processes that begin together one makes it."""
+        storage, sampler = _storage(url), self._sampler(0)
+        try:
+            directions = [DIRECTIONS[objective] for objective in self.config.objectives]
+            return optuna.create_study(study_name=name, storage=storage, directions=directions, sampler=sampler), True
+        except optuna.exceptions.DuplicatedStudyError:
+            return optuna.load_study(study_name=name, storage=storage, sampler=sampler), False
+
+    def _wait_for_queue(self) -> None:
+        """Wait until whoever made the study has filled its queue; if nothing comes, it died, and this process does."""
+        waited, before = 0.0, -1
+        while not self._study.user_attrs.get("queued") and waited < _PATIENCE:
+            now = len(self._study.get_trials(deepcopy=False))
+            waited, before = (0.0 if now > before else waited + 0.2), now
+            time.sleep(0.2)
+
     # -- trials -------------------------------------------------------------------------------------------------------
 
     def ask(self) -> tuple[int, dict[str, Any]] | None:
         """Take the next trial from the queue: its number, and what was chosen for it; none when the queue is empty."""
-        waiting = self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-        if not waiting:
+        # Optuna's own ask() would make a trial beyond the queue where another process was faster.
+        taken = self._study._pop_waiting_trial_id()
+        if taken is None:
             return None
-        self._study.sampler = self._sampler(waiting[0].number)
-        trial = self._study.ask()
-        trial.set_user_attr("owner", self.owner)
-        if trial.number >= len(self.records):  # another process was faster, and Optuna made a new one
-            self._study.tell(trial, state=TrialState.FAIL)
-            return None
-        return trial.number, self._choose(trial)
+        number = next(trial.number for trial in self._study.get_trials(deepcopy=False) if trial._trial_id == taken)
+        chosen = self.again(number)
+        self.note(number, "owner", self.owner)
+        return number, chosen
 
     def again(self, number: int) -> dict[str, Any]:
         """Go on with a trial that was taken before; what was chosen for it then."""
