@@ -66,7 +66,13 @@ def write_results(worker: Worker, study: Study, extra: Mapping[str, Any]) -> Tun
     """
     output_dir, budget = Path(worker.run.output_dir), worker.budget
     ranked = ranking(study.records, study.config.objectives[0])
-    if not ranked or ranked[0].values is None:
+    elsewhere = sum(record.state == "running" for record in ranked)
+    if ranked[0].values is None and elsewhere:
+        raise TrainingError(
+            f"no trial has reached its end yet; {elsewhere} are still trained by others who share the storage. When "
+            f"they are done, see the result with: --resume-from-checkpoint true --output-dir {output_dir}"
+        )
+    if ranked[0].values is None:
         raise TrainingError(
             f"none of the {len(ranked)} trials could be trained to the end; see {output_dir / 'metrics.jsonl'} for "
             "where their loss stopped being finite, and lower the learning rates"

@@ -8,10 +8,11 @@ finds its own decisions again instead of taking new ones.
 import json
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeVar
 
 import optuna
 from optuna.trial import TrialState
@@ -23,7 +24,10 @@ from lorafleet.search.objectives import DIRECTIONS
 from lorafleet.search.space import Choice, Dimension, Space, combinations
 from lorafleet.training.checkpoint import differences
 
+T = TypeVar("T")
+
 DEFAULT_TRIALS = 20
+_WRITES = 8
 _PATIENCE = 5.0
 """Seconds in which a study that another process is making has to grow."""
 
@@ -79,10 +83,14 @@ class Study:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.config, self.space, self.seed, self.owner = config, space, seed, owner
         self.sampler, queue = plan_trials(config, space)
-        try:
-            self._study, made = self._open(url, name)
-        except Exception as error:  # SQLAlchemy's, the database driver's, Optuna's: whatever the URL brings in
-            raise CheckpointError(f"cannot open the study {name!r} in {url}: {error}") from error
+        for attempt in range(3):  # of two processes that lay out a new database, Optuna lets one fail
+            try:
+                self._study, made = self._open(url, name)
+                break
+            except Exception as error:  # SQLAlchemy's, the database driver's, Optuna's: whatever the URL brings in
+                if attempt == 2:
+                    raise CheckpointError(f"cannot open the study {name!r} in {url}: {error}") from error
+                time.sleep(0.5)
         if not made:
             self._wait_for_queue()
         known = self._study.user_attrs.get("identity")
@@ -121,7 +129,7 @@ class Study:
     def ask(self) -> tuple[int, dict[str, Any]] | None:
         """Take the next trial from the queue: its number, and what was chosen for it; none when the queue is empty."""
         # Optuna's own ask() would make a trial beyond the queue where another process was faster.
-        taken = self._study._pop_waiting_trial_id()
+        taken = _patiently(self._study._pop_waiting_trial_id)
         if taken is None:
             return None
         number = next(trial.number for trial in self._study.get_trials(deepcopy=False) if trial._trial_id == taken)
@@ -137,24 +145,24 @@ class Study:
     def report(self, number: int, tokens: int, value: float) -> None:
         """Write down a trial's objective at a rung."""
         if self._is_running(number) and tokens not in self._frozen(number).intermediate_values:
-            self._trial(number).report(value, tokens)
+            _patiently(lambda: self._trial(number).report(value, tokens))
 
     def note(self, number: int, key: str, value: Any) -> None:
         """Write down anything about a running trial; of one that has ended the notes stay as they are."""
         if self._is_running(number):
-            self._trial(number).set_user_attr(key, value)
+            _patiently(lambda: self._trial(number).set_user_attr(key, value))
 
     def complete(self, number: int, values: Sequence[float]) -> None:
         """A trial has reached the full budget."""
-        self._study.tell(number, list(values), skip_if_finished=True)
+        _patiently(lambda: self._study.tell(number, list(values), skip_if_finished=True))
 
     def prune(self, number: int) -> None:
         """A trial was stopped early."""
-        self._study.tell(number, state=TrialState.PRUNED, skip_if_finished=True)
+        _patiently(lambda: self._study.tell(number, state=TrialState.PRUNED, skip_if_finished=True))
 
     def fail(self, number: int) -> None:
         """A trial's loss or gradient was not finite."""
-        self._study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
+        _patiently(lambda: self._study.tell(number, state=TrialState.FAIL, skip_if_finished=True))
 
     @property
     def records(self) -> list[Record]:
@@ -199,7 +207,7 @@ class Study:
         chosen: dict[str, Any] = {}
         for dimension in self.space.dimensions:
             if self.space.is_active(dimension, chosen):
-                chosen[dimension.name] = _suggest(trial, dimension)
+                chosen[dimension.name] = _patiently(partial(_suggest, trial, dimension))
         return chosen
 
     def _trial(self, number: int) -> optuna.Trial:
@@ -226,6 +234,16 @@ class Study:
             dict(trial.intermediate_values),
             dict(trial.user_attrs),
         )
+
+
+def _patiently(write: Callable[[], T]) -> T:
+    """Write to a storage that others write to: of two writers that meet, SQLite refuses one at once."""
+    for attempt in range(_WRITES - 1):
+        try:
+            return write()
+        except optuna.exceptions.StorageInternalError:
+            time.sleep(0.05 * 2**attempt)
+    return write()
 
 
 def _storage(url: str) -> str | optuna.storages.RDBStorage:
