@@ -42,7 +42,8 @@ def check_once(output_dir: Path) -> None:
     study = optuna.load_study(study_name=output_dir.name, storage=f"sqlite:///{output_dir / 'study.db'}")
     assert [trial.number for trial in study.trials] == list(range(6))
     assert all(trial.state.name in ("COMPLETE", "PRUNED") for trial in study.trials)
-    assert len({trial.user_attrs["owner"] for trial in study.trials}) == 2
+    # The one that starts later may find nothing left, but it has looked.
+    assert all(list((output_dir / "workers" / str(number)).glob("checkpoint-*")) for number in range(2))
     assert first_steps(output_dir) == {f"trial {number} seed 42": 1 for number in range(6)}
     assert (output_dir / "best" / "adapter_model.safetensors").exists()
 
