@@ -249,7 +249,7 @@ def test_several_objectives_are_not_pruned(place: Path) -> None:
     assert sizes[4] == 4 * sizes[1]
 
 
-@pytest.mark.parametrize("sampler", ["random", "tpe", "nsga2"])
+@pytest.mark.parametrize("sampler", ["random", "tpe", "cmaes", "nsga2"])
 def test_samplers_choose_by_number_and_seed(place: Path, sampler: str) -> None:
     space = {"learning_rate": {"log": [1e-4, 1e-1]}, "lora_dropout": {"range": [0, 0.2]}, "r": {"range": [1, 4]}}
     knobs = {"space": space, "sampler": sampler, "n_trials": 6, "max_steps": 4}

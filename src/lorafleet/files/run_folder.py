@@ -28,7 +28,7 @@ _MARKS = (CONFIG, METRICS, SETTINGS)  # any of these means that a run was here
 _OWN = (
     *(*_MARKS, WEIGHTS, MANIFEST, CARD, "provenance.json", RESULT, "loss.png"),
     *("chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
-    *("study.db", "report.md", "report.html"),
+    *("study.db", "study.db.lock", "report.md", "report.html"),
 )
 _LOCK = ".lorafleet.lock"
 

@@ -9,12 +9,14 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import optuna
+from filelock import FileLock
 from optuna.trial import TrialState
 
 from lorafleet.config.search import SearchConfig
@@ -83,6 +85,7 @@ class Study:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.config, self.space, self.seed, self.owner = config, space, seed, owner
         self.sampler, queue = plan_trials(config, space)
+        self._one_at_a_time = _lock(url)
         for attempt in range(3):  # of two processes that lay out a new database, Optuna lets one fail
             try:
                 self._study, made = self._open(url, name)
@@ -129,7 +132,8 @@ class Study:
     def ask(self) -> tuple[int, dict[str, Any]] | None:
         """Take the next trial from the queue: its number, and what was chosen for it; none when the queue is empty."""
         # Optuna's own ask() would make a trial beyond the queue where another process was faster.
-        taken = _patiently(self._study._pop_waiting_trial_id)
+        with self._one_at_a_time:
+            taken = _patiently(self._study._pop_waiting_trial_id)
         if taken is None:
             return None
         number = next(trial.number for trial in self._study.get_trials(deepcopy=False) if trial._trial_id == taken)
@@ -244,6 +248,12 @@ def _patiently(write: Callable[[], T]) -> T:
         except optuna.exceptions.StorageInternalError:
             time.sleep(0.05 * 2**attempt)
     return write()
+
+
+def _lock(url: str) -> AbstractContextManager[Any]:
+    """Held while a trial is taken: SQLite has no row locks, so two processes could take the same one."""
+    path = url.removeprefix("sqlite:///")
+    return FileLock(f"{path}.lock") if path != url and path else nullcontext()
 
 
 def _storage(url: str) -> str | optuna.storages.RDBStorage:
