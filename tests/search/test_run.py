@@ -176,7 +176,7 @@ def test_ten_kills_at_random_moments(place: Path, whole: TuneResult) -> None:
 
 
 def test_a_finished_search_can_be_told_again(place: Path, whole: TuneResult) -> None:
-    assert outcome(tune(settings(place, "second", resume_from_checkpoint=True))) == outcome(whole)
+    assert outcome(tune(settings(place, "whole", resume_from_checkpoint=True))) == outcome(whole)
 
 
 def test_another_search_is_refused(place: Path, whole: TuneResult) -> None:
