@@ -131,15 +131,24 @@ class Study:
 
     def ask(self) -> tuple[int, dict[str, Any]] | None:
         """Take the next trial from the queue: its number, and what was chosen for it; none when the queue is empty."""
-        # Optuna's own ask() would make a trial beyond the queue where another process was faster.
         with self._one_at_a_time:
-            taken = _patiently(self._study._pop_waiting_trial_id)
-        if taken is None:
+            number = self._left_behind()
+            if number is None:
+                # Optuna's own ask() would make a trial beyond the queue where another process was faster.
+                taken = _patiently(self._study._pop_waiting_trial_id)
+                number = next((t.number for t in self._study.get_trials(deepcopy=False) if t._trial_id == taken), None)
+            if number is None:
+                return None
+            trial_id = self._id(number)
+            _patiently(lambda: self._study._storage.set_trial_user_attr(trial_id, "owner", self.owner))
+        return number, self.again(number)
+
+    def _left_behind(self) -> int | None:
+        """A trial whose taker died before it had written its name: under the lock, nobody else is at that point."""
+        if not isinstance(self._one_at_a_time, FileLock):
             return None
-        number = next(trial.number for trial in self._study.get_trials(deepcopy=False) if trial._trial_id == taken)
-        chosen = self.again(number)
-        self.note(number, "owner", self.owner)
-        return number, chosen
+        running = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        return next((trial.number for trial in running if "owner" not in trial.user_attrs), None)
 
     def again(self, number: int) -> dict[str, Any]:
         """Go on with a trial that was taken before; what was chosen for it then."""
