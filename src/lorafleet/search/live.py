@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import time
 
 from rich.console import Console
 from rich.live import Live
@@ -14,6 +15,9 @@ from lorafleet.training.events import Evaluated, Event, Failed, Finished, Pruned
 from lorafleet.training.report import clock
 
 logger = logging.getLogger(__name__)
+
+_BETWEEN = 0.5
+"""Seconds between two tables, at least."""
 
 
 class LiveTable:
@@ -31,6 +35,7 @@ class LiveTable:
         self._held_out: dict[str, float] = {}
         self._rounds, self._seconds, self._tokens = 0, 0.0, 0
         self._lead: str | None = None
+        self._drawn = 0.0
         self._live = Live(console=Console(stderr=True), transient=True, auto_refresh=False)
         self._shows = alone and sys.stderr.isatty()
         if self._shows:
@@ -60,7 +65,8 @@ class LiveTable:
             self._lead = event.name
             self._rounds += 1
             self._seconds += event.seconds
-            if self._shows:
+            if self._shows and time.monotonic() - self._drawn > _BETWEEN:  # each table reads the storage
+                self._drawn = time.monotonic()
                 self._live.update(self._table(), refresh=True)
             if self._rounds % self.every == 0:
                 logger.info("%s", self._line())

@@ -6,7 +6,6 @@ beginning, and no other worker has touched them.
 
 import logging
 import multiprocessing
-import signal
 import sys
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
@@ -23,12 +22,16 @@ from lorafleet.files.run_folder import METRICS
 from lorafleet.models.load import load_base, load_tokenizer
 from lorafleet.search.space import read_space
 from lorafleet.search.worker import Settings, Worker
+from lorafleet.training.interrupt import listen
 from lorafleet.training.setup import prepare_machine
 
 logger = logging.getLogger(__name__)
 
 STARTS = 4
 """Times that a worker is started before its dying is taken for a fault of the search."""
+
+_LOOK = 0.5
+"""Seconds between looks at whether somebody asked to stop."""
 
 
 def worker_folder(output_dir: Path, number: int) -> Path:
@@ -109,53 +112,29 @@ def _with_processes(settings: Settings, extra: dict[str, Any], threads: int) -> 
         return process
 
     starts = dict.fromkeys(range(settings[5].workers), 1)
-    running = {number: start(number) for number in starts}
-    stopped: list[int] = []
-    asked = _AskedToStop()
-    try:
-        while running:
-            wait([process.sentinel for process in running.values()])
-            for number, process in list(running.items()):
-                if process.exitcode is None:
-                    continue
-                del running[number]
-                if asked.signal is not None:
-                    stopped.append(number)
-                elif process.exitcode != 0 and starts[number] < STARTS:
-                    logger.warning("worker %d died (exit code %d); starting it again", number, process.exitcode)
-                    starts[number] += 1
-                    running[number] = start(number)
-                elif process.exitcode != 0:
-                    raise TrainingError(f"worker {number} died {STARTS} times; its own messages say why")
-    finally:
-        asked.close()
-        for process in running.values():
-            process.terminate()
-        for process in running.values():
-            process.join()
-    if stopped:
-        raise Interrupted(
-            f"stopped; every worker has saved a checkpoint; "
-            f"go on with: --resume-from-checkpoint true --output-dir {settings[4].output_dir}"
-        )
-
-
-class _AskedToStop:
-    """Notes SIGINT and SIGTERM and hands SIGTERM on: a terminal sends Ctrl-C to the workers by itself."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        self.before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def _handle(self, number: int, _frame: Any) -> None:
-        self.signal = number
-        for process in multiprocessing.active_children():
-            process.terminate()
-
-    def close(self) -> None:
-        """Put the handlers back."""
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+    with listen() as asked_to_stop:
+        running = {number: start(number) for number in starts}
+        try:
+            while running:
+                wait([process.sentinel for process in running.values()], timeout=_LOOK)
+                if asked_to_stop():
+                    raise Interrupted(
+                        "stopped; every worker has saved a checkpoint; "
+                        f"go on with: --resume-from-checkpoint true --output-dir {settings[4].output_dir}"
+                    )
+                for number in [number for number, process in running.items() if process.exitcode is not None]:
+                    code = running.pop(number).exitcode
+                    if code and starts[number] == STARTS:
+                        raise TrainingError(f"worker {number} died {STARTS} times; its own messages say why")
+                    if code:
+                        logger.warning("worker %d died (exit code %d); starting it again", number, code)
+                        starts[number] += 1
+                        running[number] = start(number)
+        finally:
+            for process in running.values():
+                process.terminate()  # SIGTERM, at which a worker finishes its step and saves
+            for process in running.values():
+                process.join()
 
 
 def _with_ray(settings: Settings, extra: dict[str, Any], threads: int) -> None:
