@@ -151,6 +151,17 @@ def test_a_killed_search_takes_the_same_decisions(place: Path, whole: TuneResult
     assert outcome(tune(settings(place, "killed", resume_from_checkpoint=True))) == outcome(whole)
 
 
+def test_decisions_after_the_last_checkpoint_are_found_again(place: Path, whole: TuneResult) -> None:
+    """Without checkpoints all is trained again, beside the reports of trials that had come to the rungs later."""
+    context = multiprocessing.get_context("forkserver")
+    knobs = settings(place, "decided", save_strategy="no")
+    child = context.Process(target=_killed_at, args=(knobs, 100))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    assert outcome(tune(knobs | {"resume_from_checkpoint": True})) == outcome(whole)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_ten_kills_at_random_moments(place: Path, whole: TuneResult) -> None:
