@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ def result(tmp_path: Path) -> TuneResult:
         best_trial=3,
         best_settings=trials[0]["settings"],
         objectives=["loss"],
+        front=[],
         trials=trials,
         importances={"learning_rate": 0.7, "r": 0.2, "lora_alpha": 0.1},
         before={"loss": 2.8, "perplexity": 16.4},
@@ -70,6 +72,19 @@ def test_the_conclusion_follows_from_the_numbers(result: TuneResult) -> None:
 def test_a_difference_within_the_seeds_is_called_that(result: TuneResult) -> None:
     result.trials[0]["runs"] = {"42": {"loss": 1.90}, "43": {"loss": 1.96}}
     assert "less than the best one's own seeds differ" in " ".join(conclusion(result))
+
+
+def test_several_objectives_leave_a_choice(result: TuneResult) -> None:
+    for one, latency in zip(result.trials, (1.4, 1.2, 1.3, 1.1), strict=False):
+        one["values"].append(latency)
+    several = replace(result, objectives=["loss", "latency"], front=[6, 3, 0])
+    text = " ".join(conclusion(several))
+    assert "settings by loss is trial 3" in text
+    assert "among the trials 3, 0, 6." in text
+    rows = [line for line in markdown(several).splitlines() if "to choose from" in line]
+    assert [row.split(" | ")[1] for row in rows] == ["3", "0", "6"]
+    assert "| 1.9300 | 1.40 × | complete, to choose from |" in rows[0]
+    assert "beaten by none" in write_report(several).read_text(encoding="utf-8")
 
 
 def test_a_winner_at_an_end_is_pointed_out(result: TuneResult) -> None:

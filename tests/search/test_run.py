@@ -258,6 +258,27 @@ def test_several_objectives_are_not_pruned(place: Path) -> None:
     assert {trial["state"] for trial in result.trials} == {"complete"}
     sizes = {trial["settings"]["r"]: trial["values"][1] for trial in result.trials}
     assert sizes[4] == 4 * sizes[1]
+    assert result.trials[0]["number"] in result.front
+    better = min(t["values"][0] for t in result.trials if t["settings"]["r"] == 1)
+    assert next(t["number"] for t in result.trials if t["values"][0] == better) in result.front
+
+
+def test_quality_is_weighed_against_latency(place: Path) -> None:
+    result = tune(settings(place, "latency", objective=["loss", "latency"], space={"r": [1, 4]}, max_steps=2))
+    assert {trial["state"] for trial in result.trials} == {"complete"}
+    assert all(0.5 < trial["values"][1] < 20 for trial in result.trials)
+    with pytest.raises(ConfigError, match="name a measure of quality"):
+        tune(settings(place, "costs", objective=["latency", "parameters"]))
+
+
+def test_what_has_ended_is_measured_without_dropout(place: Path) -> None:
+    rows = [{"text": f"word {i} of many", "label": ("good", "bad")[i % 2]} for i in range(40)]
+    (place / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    knobs = {"data": str(place / "labels.jsonl"), "objective": "accuracy", "space": {"lora_dropout": [0.5]}}
+    result = tune(settings(place, "dropped", **knobs, max_steps=6, learning_rate=1e-2))
+    lines = [json.loads(line) for line in (place / "dropped" / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["eval_loss"] for line in lines if line["event"] == "eval"]
+    assert result.trials[0]["metrics"]["loss"] == pytest.approx(losses[-1], rel=1e-6)
 
 
 @pytest.mark.parametrize("sampler", ["random", "tpe", "cmaes", "nsga2"])

@@ -8,7 +8,8 @@ from rich.table import Table
 from rich.text import Text
 
 from lorafleet.cli.quickstart import KNOBS, REVIEWS
-from lorafleet.cli.tables import clock, comparison, facts, number, put, share, size
+from lorafleet.cli.tables import clock, comparison, facts, put, share, size
+from lorafleet.evaluation.metrics import in_figures
 from lorafleet.search.space import in_words
 
 if TYPE_CHECKING:
@@ -214,14 +215,15 @@ def tune(result: "TuneResult") -> None:
     """The ranking, what the search cost, and the winner."""
     table = Table("trial", "settings", *result.objectives, "state", title="all trials, the best first")
     for trial in result.trials:
-        values = [number(*pair) for pair in zip(result.objectives, trial["values"] or (), strict=False)]
+        values = [in_figures(*pair) for pair in zip(result.objectives, trial["values"] or (), strict=False)]
         last = list(trial["at_rungs"].values())[-1:]
         if not values and last:
-            values = [f"({number(result.objectives[0], last[0])})"]
+            values = [f"({in_figures(result.objectives[0], last[0])})"]
         cells = [*values, *[""] * (len(result.objectives) - len(values))]
         same = f", as trial {trial['same_as']}" if trial["same_as"] is not None else ""
         state = {"pruned": "stopped early", "fail": "failed"}.get(trial["state"], trial["state"])
-        table.add_row(str(trial["number"]), in_words(trial["settings"]), *cells, state + same)
+        choice = ", to choose from" if trial["number"] in result.front else ""
+        table.add_row(str(trial["number"]), in_words(trial["settings"]), *cells, state + same + choice)
     put(
         table,
         facts(

@@ -8,6 +8,8 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from lorafleet.evaluation.metrics import in_figures
+
 
 def put(*parts: RenderableType) -> None:
     """Print on stdout; without a terminal lines are not broken at 80 columns."""
@@ -30,17 +32,8 @@ def comparison(columns: Mapping[str, Mapping[str, float]]) -> Table:
         column.justify = "right"
     for metric in dict.fromkeys(name for values in columns.values() for name in values):
         cells = (values.get(metric) for values in columns.values())
-        table.add_row(metric.replace("_", " "), *("" if cell is None else number(metric, cell) for cell in cells))
+        table.add_row(metric.replace("_", " "), *("" if cell is None else in_figures(metric, cell) for cell in cells))
     return table
-
-
-def number(metric: str, value: float) -> str:
-    """A loss with four digits, a share as percent, a perplexity with two."""
-    if metric in ("accuracy", "macro_f1", "exact_match"):
-        return f"{value:.1%}"
-    if metric == "parameters":
-        return f"{value:,.0f}"
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.4f}" if "loss" in metric else f"{value:,.2f}"
 
 
 def size(count: float | None) -> str | None:

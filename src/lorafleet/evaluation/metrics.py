@@ -21,6 +21,17 @@ def label_scores(references: Sequence[str], predictions: Sequence[str]) -> dict[
     }
 
 
+def in_figures(metric: str, value: float) -> str:
+    """A measurement as people write it: a loss with four digits, a share as percent, a latency as a multiple."""
+    if metric in ("accuracy", "macro_f1", "exact_match"):
+        return f"{value:.1%}"
+    if metric == "latency":
+        return f"{value:.2f} ×"
+    if metric == "parameters":
+        return f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4f}" if "loss" in metric else f"{value:,.2f}"
+
+
 def majority(references: Sequence[str]) -> tuple[str, float]:
     """The most frequent label (the first in the alphabet among equals) and the accuracy of always answering it."""
     counts = Counter(references)

@@ -13,10 +13,12 @@ DIRECTIONS: Mapping[str, Literal["minimize", "maximize"]] = {
     "macro_f1": "maximize",
     "exact_match": "maximize",
     "parameters": "minimize",
+    "latency": "minimize",
 }
 """Every objective and its direction, which its name decides: a loss is never maximised."""
 
 LABELS = ("accuracy", "macro_f1")
+COSTS = ("parameters", "latency")
 
 
 def objective_faults(objectives: Sequence[str], data: Data) -> list[str]:
@@ -30,6 +32,6 @@ def objective_faults(objectives: Sequence[str], data: Data) -> list[str]:
             faults.append(f"objective = {name} needs text/label rows; these are {data.task} rows")
         elif name == "exact_match" and data.task == "text":
             faults.append("objective = exact_match needs rows with a prompt; these are plain text")
-    if list(objectives) == ["parameters"]:
-        faults.append("objective = parameters alone needs no training; name a measure of quality beside it")
+    if set(objectives) <= set(COSTS):
+        faults.append(f"objective = {', '.join(objectives)} needs no training; name a measure of quality beside it")
     return faults

@@ -19,7 +19,12 @@ WINNER, OTHERS, STOPPED = "#c2410c", "#334155", "#94a3b8"
 WIDTH = 6.0
 """Inches: narrow, so that its words can be read on a telephone."""
 
-UNITS = {"loss": "nats per trained token", "perplexity": "exp(loss)", "parameters": "trained numbers"}
+UNITS = {
+    "loss": "nats per trained token",
+    "perplexity": "exp(loss)",
+    "parameters": "trained numbers",
+    "latency": "× the base's time",
+}
 
 Trial = Mapping[str, Any]
 
@@ -68,6 +73,21 @@ def rungs(trials: Sequence[Trial], objective: str) -> str:
             axes.plot(x, y, marker="o", markersize=4, color=color, linewidth=2.2 if winner else 1.1)
     axes.set(xlabel="tokens seen by the trial", ylabel=f"held-out {_label(objective)}")
     axes.grid(alpha=0.3)
+    return _svg(figure)
+
+
+def front(trials: Sequence[Trial], objectives: Sequence[str], chosen: Sequence[int]) -> str:
+    """The first two objectives of every complete trial; those that no other one beats in all are joined."""
+    figure, axes = _figure(3.6)
+    done = [trial for trial in trials if trial["values"]]
+    best = sorted(trial["values"][:2] for trial in done if trial["number"] in chosen)
+    axes.plot(*np.transpose([trial["values"][:2] for trial in done]), "o", color=STOPPED, markersize=5)
+    axes.plot(*np.transpose(best), "o-", color=WINNER, markersize=5, linewidth=1.1, label="beaten by none")
+    for trial in done:
+        axes.annotate(f" {trial['number']}", trial["values"][:2], fontsize=8)
+    axes.set(xlabel=_label(objectives[0]), ylabel=_label(objectives[1]))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
     return _svg(figure)
 
 

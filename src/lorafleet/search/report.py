@@ -5,6 +5,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from lorafleet.evaluation.metrics import in_figures
 from lorafleet.files.atomic import write_text
 from lorafleet.files.run_folder import METRICS
 from lorafleet.search import plots
@@ -30,17 +31,24 @@ def conclusion(result: TuneResult) -> list[str]:
     """What was found, in sentences that follow from the numbers."""
     best, objective = result.trials[0], result.objectives[0]
     done = [trial for trial in result.trials if trial["values"]]
+    by = f" by {objective}" if result.front else ""
     found = [
-        f"The best of {len(result.trials)} settings is trial {result.best_trial}: {in_words(result.best_settings)}."
+        f"The best of {len(result.trials)} settings{by} is trial {result.best_trial}: {in_words(result.best_settings)}."
     ]
+    if result.front:
+        found.append(
+            f"{' and '.join(result.objectives)} are weighed against each other by you: the choice is among the trials "
+            f"{', '.join(str(trial['number']) for trial in result.trials if trial['number'] in result.front)}. For "
+            "every other one, one of these is at least as good in all of them and better in one."
+        )
     if objective in result.before:
-        before, after = (number(objective, value) for value in (result.before[objective], best["values"][0]))
+        before, after = (in_figures(objective, value) for value in (result.before[objective], best["values"][0]))
         found.append(f"Its held-out {objective} is {after}; the base's was {before}.")
     if len(done) > 1:
         spread = _spread(best, objective)
         gap = abs(done[1]["values"][0] - best["values"][0])
         within = spread is not None and gap < spread
-        second = f"The second best, trial {done[1]['number']}, is {number(objective, gap)} behind"
+        second = f"The second best, trial {done[1]['number']}, is {in_figures(objective, gap)} behind"
         found.append(second + (", less than the best one's own seeds differ." if within else "."))
     stopped = sum(trial["state"] == "pruned" for trial in result.trials)
     share = result.tokens / result.full_tokens
@@ -55,13 +63,6 @@ def conclusion(result: TuneResult) -> list[str]:
             f"The best value of {' and '.join(ends)} is at the end of what was searched; better ones may lie beyond."
         )
     return found
-
-
-def number(metric: str, value: float) -> str:
-    """A value of an objective as people write it."""
-    if metric == "parameters":
-        return f"{value:,.0f}"
-    return f"{value:.1%}" if metric in ("accuracy", "macro_f1", "exact_match") else f"{value:.4f}"
 
 
 def _spread(trial: Trial, objective: str) -> float | None:
@@ -92,16 +93,19 @@ def _rows(result: TuneResult) -> list[list[str]]:
     rows = []
     for rank, trial in enumerate(result.trials, 1):
         last = plots.last_value(trial)
-        values = [number(name, value) for name, value in zip(result.objectives, trial["values"] or (), strict=False)]
+        values = [
+            in_figures(name, value) for name, value in zip(result.objectives, trial["values"] or (), strict=False)
+        ]
         spread = _spread(trial, result.objectives[0])
         if values and spread is not None:
-            values[0] += f" (seeds differ by {number(result.objectives[0], spread)})"
+            values[0] += f" (seeds differ by {in_figures(result.objectives[0], spread)})"
         if not values:
-            values = [f"{number(result.objectives[0], last)} when stopped" if last is not None else ""]
+            values = [f"{in_figures(result.objectives[0], last)} when stopped" if last is not None else ""]
             values += [""] * (len(result.objectives) - 1)
         same = "" if trial["same_as"] is None else f", as trial {trial['same_as']}"
         cost = [f"{trial['tokens']:,}", clock(trial["seconds"])] if trial["tokens"] else ["", ""]
         state = STATES.get(trial["state"], trial["state"]) + same
+        state += ", to choose from" if trial["number"] in result.front else ""
         rows.append([str(rank), str(trial["number"]), in_words(trial["settings"]), *values, state, *cost])
     return rows
 
@@ -142,6 +146,8 @@ def page(result: TuneResult, metrics: Path) -> str:
         ("Training", "One line for each trial; × where it was stopped.", plots.curves(metrics, trials, objective)),
         ("Comparisons", "Where trials were compared, and at the end.", plots.rungs(trials, objective)),
     ]
+    if result.front:
+        pictures.insert(0, ("What to choose from", "", plots.front(trials, result.objectives, result.front)))
     if result.importances:
         pictures.append(("What made the difference", "Optuna's PED-ANOVA.", plots.importances(result.importances)))
     pictures.append(
@@ -155,7 +161,7 @@ def page(result: TuneResult, metrics: Path) -> str:
         name=name,
         sentences="".join(f"<p>{escape(sentence)}</p>" for sentence in conclusion(result)),
         objective=escape(objective),
-        value=number(objective, trials[0]["values"][0]),
+        value=in_figures(objective, trials[0]["values"][0]),
         direction=direction,
         trial=result.best_trial,
         settings=settings,

@@ -30,6 +30,8 @@ class TuneResult:
         best_trial: Its number.
         best_settings: Its knobs.
         objectives: What was improved.
+        front: With several objectives, the trials among which to choose: no other one is better in one of them without
+            being worse in another.
         trials: All trials, the best first: number, state, settings, values, metrics, the objective at each rung by
             tokens, tokens and seconds spent, and the trial whose outcome it shares where the settings mean the same.
         importances: How much of the differences in the first objective each dimension explains.
@@ -45,6 +47,7 @@ class TuneResult:
     best_trial: int
     best_settings: dict[str, Any]
     objectives: list[str]
+    front: list[int]
     trials: list[dict[str, Any]]
     importances: dict[str, float]
     before: dict[str, float]
@@ -85,6 +88,7 @@ def write_results(worker: Worker, study: Study, extra: Mapping[str, Any]) -> Tun
         best_trial=best.number,
         best_settings=dict(best.notes["settings"]),
         objectives=study.config.objectives,
+        front=study.front if len(study.config.objectives) > 1 else [],
         trials=[_plain(record) for record in ranked],
         importances=study.importances(),
         before=dict(extra["before"]),

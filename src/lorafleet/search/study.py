@@ -186,6 +186,11 @@ class Study:
         """One trial."""
         return self._record(self._frozen(number))
 
+    @property
+    def front(self) -> list[int]:
+        """Complete trials that no other one equals in all objectives and beats in one."""
+        return [trial.number for trial in self._study.best_trials]
+
     def importances(self) -> dict[str, float]:
         """How much of the differences in the first objective each dimension explains; empty for too few trials."""
         complete = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))

@@ -19,6 +19,7 @@ from lorafleet.errors import Interrupted
 from lorafleet.evaluation.measure import loss_metrics, measure
 from lorafleet.evaluation.token_loss import LossModel
 from lorafleet.files.run_folder import METRICS
+from lorafleet.generation.latency import relative_latency
 from lorafleet.lora import LoraBank
 from lorafleet.models.load import Base
 from lorafleet.search.fit import configure, shapes
@@ -86,11 +87,13 @@ class Worker:
 
     def measure_member(self, member: Member) -> dict[str, float]:
         """All objectives of a member that was just evaluated; its loss is known."""
-        parameters = float(sum(one.numel() for one in self.bank.state_dict(member.slot).values()))
+        costs = {"parameters": float(sum(one.numel() for one in self.bank.state_dict(member.slot).values()))}
+        if "latency" in self.search.objectives:
+            costs["latency"] = relative_latency(self.base, self.bank, member.slot)
         if {*LABELS, "exact_match"} & set(self.search.objectives):
-            return self.measure_slot(member.slot) | {"parameters": parameters}
+            return self.measure_slot(member.slot) | costs
         assert member.progress.last_eval_loss is not None
-        return loss_metrics(member.progress.last_eval_loss) | {"parameters": parameters}
+        return loss_metrics(member.progress.last_eval_loss) | costs
 
     def open_study(self) -> Study:
         """The record of the search, made where there is none."""

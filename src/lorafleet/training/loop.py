@@ -73,9 +73,7 @@ class Population:
                 self._end_if_done(member)
             due = any(member.is_due(self.run.save_strategy, self.run.save_steps) for member in active)
             if self.queue:
-                for member in active:
-                    if not member.active:
-                        self.queue.dismiss(member)
+                self._dismiss([member for member in active if not member.active])
             if self.stop_requested():
                 self._checkpoint()
                 raise Interrupted(f"stopped at step {self.steps}")
@@ -201,6 +199,14 @@ class Population:
         if reason and member.active:
             progress.status = "finished"
             self._tell(Finished(member.name, progress.step, reason))
+
+    def _dismiss(self, ended: Sequence[Member]) -> None:
+        """Take those that have ended out of their slots; they are measured as they will be used, without dropout."""
+        assert self.queue
+        self.bank.eval()
+        for member in ended:
+            self.queue.dismiss(member)
+        self.bank.train()
 
     def _checkpoint(self) -> None:
         if self.save is not None:
