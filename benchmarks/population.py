@@ -110,6 +110,7 @@ def benchmark(model: str, data: str, folder: Path, output: Path, rounds: int, **
     cautions += [f"other programs used up to {busiest:.1f} cores meanwhile"] if busiest > QUIET else []
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(_table(cases, rates, ratios, len(job["cases"][0]["rows"])))
+    console.print(f"matrix products reach {facts['matmul_gflops']:.0f} GFLOP/s")
     for caution in cautions:
         console.print(f"not to be quoted: {caution}")
     output.parent.mkdir(parents=True, exist_ok=True)

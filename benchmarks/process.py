@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,20 +37,38 @@ def run_module(peer: str, module: str, job: Any, folder: Path, threads: int) -> 
     Raises:
         BenchmarkError: The process failed; the message has the end of its output.
     """
-    job_path, result_path, log_path = folder / "job.json", folder / "result.json", folder / "log.txt"
+    job_path, result_path = folder / "job.json", folder / "result.json"
     write_json(job_path, job)
+    arguments = [f"benchmarks.peers.{module}", str(job_path), str(result_path)]
+    _, _, others = run_watched(peer, arguments, threads)
+    return json.loads(result_path.read_text(encoding="utf-8")), others
+
+
+def run_watched(peer: str, arguments: Sequence[str], threads: int) -> tuple[str, float, float]:
+    """Run ``python -m`` with arguments.
+
+    Args:
+        peer: Its name in messages.
+        arguments: A module and its arguments.
+        threads: CPU threads.
+
+    Returns:
+        Its standard output, its seconds from start to end, and the cores that others used meanwhile.
+
+    Raises:
+        BenchmarkError: The process failed; the message has the end of its output.
+    """
     limits = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     environment = os.environ | limits | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", f"benchmarks.peers.{module}", str(job_path), str(result_path)]
     before, own_before, start = _busy_seconds(), _children_seconds(), time.perf_counter()
-    with log_path.open("wb") as log:
-        status = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False)
-    if status.returncode:
-        end = log_path.read_text(encoding="utf-8", errors="replace")[-3000:]
-        raise BenchmarkError(f"{peer} failed with exit code {status.returncode}; its output ends with:\n{end}")
-    wall = time.perf_counter() - start
-    others = (_busy_seconds() - before - (_children_seconds() - own_before)) / wall
-    return json.loads(result_path.read_text(encoding="utf-8")), max(0.0, others)
+    command = [sys.executable, "-m", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, errors="replace", check=False)
+    if done.returncode:
+        end = (done.stdout + done.stderr)[-3000:]
+        raise BenchmarkError(f"{peer} failed with exit code {done.returncode}; its output ends with:\n{end}")
+    seconds = time.perf_counter() - start
+    others = (_busy_seconds() - before - (_children_seconds() - own_before)) / seconds
+    return done.stdout, seconds, max(0.0, others)
 
 
 def _busy_seconds() -> float:

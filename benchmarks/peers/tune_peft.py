@@ -30,7 +30,7 @@ def run(job: dict[str, Any]) -> list[dict[str, float]]:
                 per_device_eval_batch_size=16,
                 max_steps=job["steps"],
                 learning_rate=job["learning_rate"],
-                warmup_ratio=job["warmup_ratio"],
+                warmup_steps=job["warmup_steps"],
                 lr_scheduler_type="linear",
                 seed=job["seed"],
                 use_cpu=True,

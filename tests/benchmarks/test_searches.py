@@ -1,0 +1,75 @@
+"""The benchmarks of populations and searches run to their end on a tiny base, and stop where the peers differ."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+import benchmarks.population
+import benchmarks.tune
+from benchmarks.population import ONE_BY_ONE, PEFT, TOGETHER
+from benchmarks.process import BenchmarkError
+from tests.tiny import tiny_base_folder
+from tests.training.test_resume import make_place
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_place(tmp_path_factory.mktemp("searches"))
+
+
+def run(command: Any, *arguments: str) -> str:
+    found = CliRunner().invoke(command, [*arguments, "--threads", "1"], catch_exceptions=False)
+    assert found.exit_code == 0, found.output
+    return found.output
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_ragged_rows_are_as_long_on_average(equal: bool) -> None:
+    case = benchmarks.population._case(list(range(1000)), 16, equal, 4, 3)
+    lengths = [[len(row) for row in rows] for rows in case.rows]
+    assert all(sum(column) == 4 * 16 for column in zip(*lengths, strict=True))
+    assert (len({n for row in lengths for n in row}) == 1) == equal
+    assert case.timed_tokens(1) == 2 * 4 * 16
+
+
+def test_losses_that_differ_are_an_error() -> None:
+    case = benchmarks.population._case(list(range(1000)), 16, True, 2, 1)
+    found = {way: [{"losses": [2.0, 3.0]}] for way in (TOGETHER, ONE_BY_ONE)} | {PEFT: [{"losses": [2.0, 3.1]}]}
+    with pytest.raises(BenchmarkError, match=r"16 equal: losses of peft \+ Trainer, one by one differ by 3\.\de-02"):
+        benchmarks.population._check_losses(found, [case])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_population_is_measured_in_three_ways(place: Path) -> None:
+    output = place / "population.json"
+    sizes = ("--adapters", "2", "--tokens", "8", "--rounds", "1", "--steps", "1")
+    base, rows = str(place / "base"), str(place / "rows.jsonl")
+    printed = run(benchmarks.population.main, "--model", base, "--data", rows, *sizes, "--output", str(output))
+    assert "8 ragged" in printed
+    assert "not to be quoted: 1 rounds are a smoke test" in printed
+    found = json.loads(output.read_text())
+    assert found["cases"] == ["8 equal", "8 ragged"]
+    assert all(one["median"] > 0 for ways in found["together_is_faster"].values() for one in ways)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_search_is_measured_against_the_loop(place: Path) -> None:
+    output = place / "tune.json"
+    sizes = ("--steps", "8", "--eval-rows", "4", "--seeds", "1", "--peer-settings", "1")
+    rows = (place / "rows.jsonl").read_text().splitlines(keepends=True)
+    (place / "rows").mkdir()
+    for name, part in (("train", 2 * rows[4:]), ("valid", rows[:4])):
+        (place / "rows" / f"{name}.jsonl").write_text("".join(part))
+    base = str(tiny_base_folder(place / "wide", hidden_size=64))  # wide enough for the grid's r = 32
+    data = str(place / "rows")
+    printed = run(benchmarks.tune.main, "--model", base, "--data", data, *sizes, "--output", str(output))
+    assert "not to be quoted: 1 seeds are a smoke test" in printed
+    (seed,) = json.loads(output.read_text())["seeds"]
+    assert len(seed["losses"]) == 16
+    assert 0 <= seed["regret"] <= 5
+    assert seed["tokens"] < seed["full_tokens"]
