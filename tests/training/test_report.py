@@ -7,6 +7,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lorafleet.errors import MissingExtraError
 from lorafleet.training import report
+from lorafleet.training.events import Evaluated, Finished
 from lorafleet.training.run import train
 from tests.tiny import tiny_base_folder
 
@@ -21,10 +22,21 @@ def test_tensorboard_gets_every_step_and_evaluation(tmp_path: Path) -> None:
         report_to=["tensorboard"],
         **knobs,
     )
-    events = EventAccumulator(str(output / "tensorboard"))
+    events = EventAccumulator(str(output / "tensorboard" / "adapter"))
     events.Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3]
     assert [event.step for event in events.Scalars("eval/loss")] == [2, 3]
+
+
+def test_tensorboard_shows_every_adapter_as_a_run_of_its_own(tmp_path: Path) -> None:
+    observe = report.tensorboard_observer(tmp_path)
+    for name, loss in (("trial 0 seed 42", 2.0), ("trial 1 seed 42", 3.0)):
+        observe(Evaluated(name, 4, loss, True))
+        observe(Finished(name, 4, "all steps done"))
+    for name, loss in (("trial 0 seed 42", 2.0), ("trial 1 seed 42", 3.0)):
+        events = EventAccumulator(str(tmp_path / name))
+        events.Reload()
+        assert [event.value for event in events.Scalars("eval/loss")] == [loss]
 
 
 def test_a_missing_tracker_is_named_before_anything_is_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

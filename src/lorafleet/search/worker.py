@@ -15,10 +15,8 @@ from lorafleet.config.search import SearchConfig
 from lorafleet.config.training import RunConfig, TrainingConfig
 from lorafleet.config.use import GenerationConfig
 from lorafleet.data.load import Data
-from lorafleet.errors import Interrupted
 from lorafleet.evaluation.measure import loss_metrics, measure
 from lorafleet.evaluation.token_loss import LossModel
-from lorafleet.files.run_folder import METRICS
 from lorafleet.generation.latency import relative_latency
 from lorafleet.lora import LoraBank
 from lorafleet.models.load import Base
@@ -32,13 +30,12 @@ from lorafleet.search.study import Study, plan_trials
 from lorafleet.search.trials import Budget, Trials
 from lorafleet.training.capacity import adapters_that_fit
 from lorafleet.training.checkpoint import RunState
-from lorafleet.training.events import Observer
 from lorafleet.training.interrupt import listen
 from lorafleet.training.loop import Population
 from lorafleet.training.member import Member
 from lorafleet.training.queue import AdapterQueue
 from lorafleet.training.recompute import recompute_blocks
-from lorafleet.training.report import MetricsLog, tensorboard_observer
+from lorafleet.training.report import reporting
 from lorafleet.training.setup import held_out_rows, run_identity
 
 logger = logging.getLogger(__name__)
@@ -147,12 +144,8 @@ class Worker:
         before = float(state.extra.get("seconds", 0.0))
         queue.size = int(state.extra["population_size"])
         logger.info("%d trials, up to %d train together", len(trials.study.records), queue.size)
-        log = MetricsLog(folder / METRICS, state.extra.get("log_bytes", 0))
         live = LiveTable(trials, self.run.logging_steps, alone=not self.name)
-        observers: list[Observer] = [log, live]
-        if "tensorboard" in self.run.report_to:
-            observers.append(tensorboard_observer(folder / "tensorboard"))
-        with listen() as stop:
+        with listen() as stop, reporting(folder, self.run, state.extra.get("log_bytes", 0), live) as (log, observers):
             population = Population(
                 list(queue.members.values()),
                 loss_model,
@@ -177,17 +170,10 @@ class Worker:
                 }
                 state.save(population.steps, members)
 
-            try:
-                if not checkpoint:
-                    save()  # how many train together is found out once, even if the search is killed at once
-                population.train()
-                save()
-            except Interrupted as stopped:
-                remedy = f"go on with: --resume-from-checkpoint true --output-dir {self.run.output_dir}"
-                raise Interrupted(f"{stopped}; the checkpoint is in {folder}; {remedy}") from None
-            finally:
-                live.close()
-                log.close()
+            if not checkpoint:
+                save()  # how many train together is found out once, even if the search is killed at once
+            population.train()
+            save()
         return state.extra
 
     def population_size(self, loss_model: LossModel) -> int:

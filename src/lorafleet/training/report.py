@@ -5,12 +5,13 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console, RenderableType
 from rich.progress import (
@@ -23,9 +24,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from lorafleet.errors import MissingExtraError
+from lorafleet.config.training import RunConfig
+from lorafleet.errors import Interrupted, MissingExtraError
 from lorafleet.files.atomic import write_text
-from lorafleet.training.events import Evaluated, Event, Failed, Finished, Pruned, Saved, StepDone
+from lorafleet.files.run_folder import METRICS
+from lorafleet.training.events import Evaluated, Event, Failed, Finished, Observer, Pruned, Saved, StepDone
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +38,45 @@ def as_text(renderable: RenderableType) -> str:
     buffer = StringIO()
     Console(file=buffer, width=130).print(renderable)
     return buffer.getvalue().rstrip()
+
+
+class Display(Protocol):
+    """Shows events to people, until it is closed."""
+
+    def __call__(self, event: Event) -> None:
+        """Show one event."""
+
+    def close(self) -> None:
+        """Take down what is redrawn."""
+
+
+@contextmanager
+def reporting(
+    folder: Path, run: RunConfig, logged: int, display: Display
+) -> Iterator[tuple["MetricsLog", list[Observer]]]:
+    """The log and all observers of a run, closed at its end.
+
+    Args:
+        folder: For the log.
+        run: Where else events go, and the folder to go on in.
+        logged: Bytes of the log that are kept.
+        display: Shows events to people.
+
+    Raises:
+        Interrupted: The run was; the message says how to go on.
+    """
+    log = MetricsLog(folder / METRICS, logged)
+    observers: list[Observer] = [log, display]
+    if "tensorboard" in run.report_to:
+        observers.append(tensorboard_observer(folder / "tensorboard"))
+    try:
+        yield log, observers
+    except Interrupted as stopped:
+        remedy = f"go on with: --resume-from-checkpoint true --output-dir {run.output_dir}"
+        raise Interrupted(f"{stopped}; the checkpoint is in {folder}; {remedy}") from None
+    finally:
+        display.close()
+        log.close()
 
 
 class MetricsLog:
@@ -160,13 +202,18 @@ def require_trackers(names: Sequence[str]) -> None:
         raise MissingExtraError("report_to tensorboard", "tensorboard")
 
 
-def tensorboard_observer(folder: Path) -> Callable[[Event], None]:
-    """Write losses, rates and speeds for TensorBoard into ``folder``."""
+def tensorboard_observer(folder: Path) -> Observer:
+    """Write losses, rates and speeds for TensorBoard, every adapter's as a run of its own in ``folder``."""
     from torch.utils.tensorboard import SummaryWriter
 
-    writer: Any = SummaryWriter(str(folder))
+    writers: dict[str, Any] = {}
 
     def observe(event: Event) -> None:
+        if isinstance(event, Saved):
+            return
+        if event.name not in writers:
+            writers[event.name] = SummaryWriter(str(folder / event.name))
+        writer = writers[event.name]
         if isinstance(event, StepDone):
             writer.add_scalar("train/loss", event.loss, event.step)
             writer.add_scalar("train/learning_rate", event.learning_rate, event.step)
@@ -174,7 +221,7 @@ def tensorboard_observer(folder: Path) -> Callable[[Event], None]:
             writer.add_scalar("train/tokens_per_second", event.tokens / event.seconds, event.step)
         elif isinstance(event, Evaluated):
             writer.add_scalar("eval/loss", event.eval_loss, event.step)
-        elif isinstance(event, Saved | Finished | Failed):
-            writer.flush()
+        else:
+            writer.close()
 
     return observe

@@ -12,20 +12,20 @@ from lorafleet.config.lora import LoraConfig
 from lorafleet.config.model import ModelConfig
 from lorafleet.config.training import RunConfig, TrainingConfig, ValidationConfig
 from lorafleet.data.load import load_data
-from lorafleet.errors import DataError, Interrupted, TrainingError
+from lorafleet.errors import DataError, TrainingError
 from lorafleet.evaluation.measure import measure
 from lorafleet.evaluation.token_loss import LossModel
 from lorafleet.files.deployability import deployability
-from lorafleet.files.run_folder import METRICS, clear_run, open_run
+from lorafleet.files.run_folder import clear_run, open_run
 from lorafleet.lora import LoraBank, inject_lora
 from lorafleet.models.load import Base, load_base
 from lorafleet.training.checkpoint import RunState
-from lorafleet.training.events import Event, Failed, Observer, Saved
+from lorafleet.training.events import Failed, Saved
 from lorafleet.training.interrupt import listen
 from lorafleet.training.loop import Population
 from lorafleet.training.member import Member
 from lorafleet.training.recompute import recompute_blocks
-from lorafleet.training.report import MetricsLog, ProgressReport, as_text, tensorboard_observer
+from lorafleet.training.report import ProgressReport, as_text, reporting
 from lorafleet.training.result import TrainResult, write_results, write_settings
 from lorafleet.training.setup import check_run, held_out_rows, prepare_machine, run_identity
 
@@ -111,25 +111,18 @@ def _run(
     resume_step: int,
 ) -> None:
     """Train with logs, checkpoints and signal handling around the loop."""
-    log = MetricsLog(output_dir / METRICS, state.extra.get("log_bytes", 0))
-    progress = ProgressReport(run.logging_steps, resume_step)
-    failures: list[Failed] = []
-    observers: list[Observer] = [log, progress, lambda e: failures.append(e) if isinstance(e, Failed) else None]
-    if "tensorboard" in run.report_to:
-        observers.append(tensorboard_observer(output_dir / "tensorboard"))
-
-    def tell(event: Event) -> None:
-        for observer in observers:
-            observer(event)
-
-    def save() -> None:
-        state.extra["log_bytes"] = log.size
-        tell(Saved(member.progress.step, str(state.save(member.progress.step, [member]))))
-
     loss_model = LossModel(base.model, bank, base.tokenizer.pad_token_id)
     loss_model.speed_up()
-    with listen() as stop:
-        population = Population(
+    failures: list[Failed] = []
+    progress = ProgressReport(run.logging_steps, resume_step)
+    with listen() as stop, reporting(output_dir, run, state.extra.get("log_bytes", 0), progress) as (log, observers):
+
+        def save() -> None:
+            state.extra["log_bytes"] = log.size
+            progress(Saved(member.progress.step, str(state.save(member.progress.step, [member]))))
+
+        observers.append(lambda event: failures.append(event) if isinstance(event, Failed) else None)
+        Population(
             [member],
             loss_model,
             bank,
@@ -139,15 +132,7 @@ def _run(
             observers=observers,
             save=save,
             stop_requested=stop,
-        )
-        try:
-            population.train()
-        except Interrupted as stopped:
-            remedy = f"go on with: --resume-from-checkpoint true --output-dir {output_dir}"
-            raise Interrupted(f"{stopped}; the checkpoint is in {output_dir}; {remedy}") from None
-        finally:
-            progress.close()
-            log.close()
+        ).train()
     if failures:
         _stop_at_nan(failures[0], member, state)
 
