@@ -252,6 +252,12 @@ def test_seeds_repeat_a_setting_and_their_mean_counts(place: Path) -> None:
     assert kept == min(losses.values())
 
 
+def test_rungs_within_the_warm_up_are_pointed_out(place: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tune(settings(place, "warm", space={"r": [1, 2]}, warmup_steps=3, max_steps=10))
+    assert "first compared after step 2 of 10" in caplog.text
+    assert "warm-up of 3 steps" in caplog.text
+
+
 def test_several_objectives_are_not_pruned(place: Path) -> None:
     space = {"r": [1, 4], "learning_rate": [1e-3, 1e-2]}
     result = tune(settings(place, "several", objective=["loss", "parameters"], space=space, max_steps=4))

@@ -36,6 +36,7 @@ from lorafleet.training.member import Member
 from lorafleet.training.queue import AdapterQueue
 from lorafleet.training.recompute import recompute_blocks
 from lorafleet.training.report import reporting
+from lorafleet.training.schedule import warmup_steps
 from lorafleet.training.setup import held_out_rows, run_identity
 
 logger = logging.getLogger(__name__)
@@ -64,11 +65,19 @@ class Worker:
             recompute_blocks(base.model, self.bank)
         rows = data.splits["train"]
         training = self.training
-        steps = training.max_steps
-        per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps
-        seen = steps * per_step if steps is not None else max(1, round(training.num_train_epochs * len(rows)))
+        if training.max_steps is not None:
+            seen = training.max_steps * training.per_device_train_batch_size * training.gradient_accumulation_steps
+        else:
+            seen = max(1, round(training.num_train_epochs * len(rows)))
         rungs = rung_shares(self.search.reduction_factor, self.search.rungs, self.search.grace_period)
         self.budget = Budget(seen, float(rows.lengths.mean()), rungs if self.search.prunes else ())
+        steps, first = self.budget.steps(training), self.budget.steps(training, (*self.budget.shares, 1.0)[0])
+        if (warmup := warmup_steps(training, steps)) >= first:
+            logger.warning(
+                "trials are first compared after step %d of %d, when the learning rate has not come out of its warm-up "
+                "of %d steps; give them more steps, fewer rungs or a grace_period",
+                *(first, steps, warmup),
+            )
 
     def identity(self) -> dict[str, Any]:
         """What decides the result of a search: a resumed one must agree in all of it, and every worker too."""
