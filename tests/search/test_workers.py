@@ -64,6 +64,7 @@ def wait_for_steps(output_dir: Path, number: int) -> psutil.Process:
     raise AssertionError(f"worker {number} took no step")
 
 
+@pytest.mark.slow
 def test_two_workers_train_every_trial_once_though_one_is_killed(place: Path) -> None:
     command = start(shared(place, "killed"))
     wait_for_steps(place / "killed", 1).send_signal(signal.SIGKILL)
