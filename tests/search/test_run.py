@@ -264,9 +264,8 @@ def test_several_objectives_are_not_pruned(place: Path) -> None:
     assert {trial["state"] for trial in result.trials} == {"complete"}
     sizes = {trial["settings"]["r"]: trial["values"][1] for trial in result.trials}
     assert sizes[4] == 4 * sizes[1]
-    assert result.trials[0]["number"] in result.front
-    better = min(t["values"][0] for t in result.trials if t["settings"]["r"] == 1)
-    assert next(t["number"] for t in result.trials if t["values"][0] == better) in result.front
+    small, large = (next(t for t in result.trials if t["settings"]["r"] == r) for r in (1, 4))  # the best of each
+    assert set(result.front) == {one["number"] for one in (small, large) if one in (small, result.trials[0])}
 
 
 def test_quality_is_weighed_against_latency(place: Path) -> None:

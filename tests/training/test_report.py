@@ -1,13 +1,15 @@
 """What a run tells while it trains: TensorBoard gets every step."""
 
+from itertools import product
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lorafleet.errors import MissingExtraError
+from lorafleet.config.training import RunConfig
+from lorafleet.errors import Interrupted, MissingExtraError
 from lorafleet.training import report
-from lorafleet.training.events import Evaluated, Finished
+from lorafleet.training.events import Evaluated
 from lorafleet.training.run import train
 from tests.tiny import tiny_base_folder
 
@@ -28,15 +30,18 @@ def test_tensorboard_gets_every_step_and_evaluation(tmp_path: Path) -> None:
     assert [event.step for event in events.Scalars("eval/loss")] == [2, 3]
 
 
-def test_tensorboard_shows_every_adapter_as_a_run_of_its_own(tmp_path: Path) -> None:
-    observe = report.tensorboard_observer(tmp_path)
+def test_tensorboard_has_every_adapter_as_a_run_of_its_own_though_it_was_stopped(tmp_path: Path) -> None:
+    run = RunConfig(output_dir="runs/x", report_to=["tensorboard"])
+    stopped = pytest.raises(Interrupted, match=r"stopped at step 4.*go on with: .* --output-dir runs/x")
+    with stopped, report.reporting(tmp_path, run, 0, report.ProgressReport(1)) as (_, observers):
+        for name, loss in (("trial 0 seed 42", 2.0), ("trial 1 seed 42", 3.0)):
+            for step, observe in product(range(1, 5), observers):
+                observe(Evaluated(name, step, loss, True))
+        raise Interrupted("stopped at step 4")
     for name, loss in (("trial 0 seed 42", 2.0), ("trial 1 seed 42", 3.0)):
-        observe(Evaluated(name, 4, loss, True))
-        observe(Finished(name, 4, "all steps done"))
-    for name, loss in (("trial 0 seed 42", 2.0), ("trial 1 seed 42", 3.0)):
-        events = EventAccumulator(str(tmp_path / name))
+        events = EventAccumulator(str(tmp_path / "tensorboard" / name))
         events.Reload()
-        assert [event.value for event in events.Scalars("eval/loss")] == [loss]
+        assert [event.value for event in events.Scalars("eval/loss")] == [loss] * 4
 
 
 def test_a_missing_tracker_is_named_before_anything_is_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

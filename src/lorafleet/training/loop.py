@@ -72,8 +72,8 @@ class Population:
             for member in active:
                 self._end_if_done(member)
             due = any(member.is_due(self.run.save_strategy, self.run.save_steps) for member in active)
-            if self.queue:
-                self._dismiss([member for member in active if not member.active])
+            if self.queue and (ended := [member for member in active if not member.active]):
+                self._dismiss(self.queue, ended)
             if self.stop_requested():
                 self._checkpoint()
                 raise Interrupted(f"stopped at step {self.steps}")
@@ -200,12 +200,11 @@ class Population:
             progress.status = "finished"
             self._tell(Finished(member.name, progress.step, reason))
 
-    def _dismiss(self, ended: Sequence[Member]) -> None:
+    def _dismiss(self, queue: AdapterQueue, ended: Sequence[Member]) -> None:
         """Take those that have ended out of their slots; they are measured as they will be used, without dropout."""
-        assert self.queue
         self.bank.eval()
         for member in ended:
-            self.queue.dismiss(member)
+            queue.dismiss(member)
         self.bank.train()
 
     def _checkpoint(self) -> None:
