@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from lorafleet.lora import LinearTensors, LoraSegment, lora_linear_reference, lora_linears
-from lorafleet.lora.functional import dropout_mask
+from lorafleet.lora.segments import dropout_mask
 
 IN, OUT, R = 5, 7, 3
 

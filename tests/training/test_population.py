@@ -17,9 +17,9 @@ from lorafleet.data.batches import FlatBatch
 from lorafleet.errors import TrainingError
 from lorafleet.evaluation.token_loss import LossModel, TokenLoss
 from lorafleet.lora import LoraBank, LoraLinear, inject_lora
-from lorafleet.lora.functional import LoraSegment
 from lorafleet.lora.init import STARTS
 from lorafleet.lora.routing import Segment
+from lorafleet.lora.segments import LoraSegment
 from lorafleet.training import loop
 from lorafleet.training.events import Event, Failed, Finished, StepDone
 from lorafleet.training.loop import Population

@@ -6,56 +6,14 @@ with m a dropout mask already divided by 1-p, and c_k an optional trained change
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lorafleet.lora.packed import PackedWeight
-
-
-class LoraSegment(NamedTuple):
-    """What one layer does with rows ``start:stop``: its slot, that slot's rank, scale and dropout, and its bias."""
-
-    slot: int
-    start: int
-    stop: int
-    rank: int
-    scaling: float
-    dropout: float = 0.0
-    mask_seed: int = 0
-    trains_bias: bool = False
-
-
-def dropout_mask(seed: int, shape: tuple[int, int], p: float, like: Tensor) -> Tensor:
-    """A mask of zeros and ``1/(1-p)`` that follows from ``seed`` alone, so that the backward pass draws it again."""
-    generator = torch.Generator(device=like.device).manual_seed(seed)
-    keep = torch.empty(shape, dtype=like.dtype, device=like.device)
-    return keep.bernoulli_(1 - p, generator=generator).div_(1 - p)
-
-
-class LinearTensors(NamedTuple):
-    """One layer of a joint product: its frozen weight, all slots' A and B, and what it does with each segment.
-
-    Args:
-        weight: Frozen base weight ``(out, in)``.
-        bias: Base bias ``(out,)``, or none.
-        lora_A: All slots' A ``(K, r_max, in)``; rows past a slot's rank are zero.
-        lora_B: All slots' B ``(K, out, r_max)``; columns past a slot's rank are zero.
-        lora_bias: All slots' trained change of the bias ``(K, out)``, or none.
-        segments: Disjoint and in order; rows that none covers get the base alone.
-        packed: The frozen weight in a faster layout, if it has one.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    lora_A: Tensor
-    lora_B: Tensor
-    lora_bias: Tensor | None
-    segments: Sequence[LoraSegment]
-    packed: PackedWeight | None = None
+from lorafleet.lora.segments import LinearTensors, dropout_mask, joined_mask, row_groups
 
 
 def lora_linear_reference(x: Tensor, layer: LinearTensors) -> Tensor:
@@ -75,65 +33,6 @@ def lora_linear_reference(x: Tensor, layer: LinearTensors) -> Tensor:
     return torch.cat([*parts, y[end:]])
 
 
-class _Piece(NamedTuple):
-    """Rows that one product serves: a segment, or all segments where they are equal and of consecutive slots."""
-
-    start: int
-    stop: int
-    entries: int
-    slots: int | slice
-    ranks: list[int]
-    scales: list[float | Tensor]
-    mask: Tensor | None
-
-    def rows(self, tensor: Tensor) -> Tensor:
-        """These rows of ``(tokens, features)``, one batch entry a slot where there are several: a view."""
-        rows = tensor[self.start : self.stop]
-        return rows if self.entries == 1 else rows.view(self.entries, -1, tensor.shape[1])
-
-    def joined_A(self, layers: Sequence[LinearTensors], like: Tensor) -> Tensor:
-        """The layers' A one below another, ``(r_1 + … + r_n, in)``."""
-        parts = [layer.lora_A[self.slots, :rank] for layer, rank in zip(layers, self.ranks, strict=True)]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)).to(like.dtype)
-
-    def scaled_B(self, layer: LinearTensors, number: int, like: Tensor) -> Tensor:
-        """``s·Bᵀ`` of one layer, ``(r, out)``. On ``(out, r)`` in memory the rank-wide products ran 4 times slower."""
-        B = layer.lora_B[self.slots, :, : self.ranks[number]]
-        return (B.mT * self.scales[number]).to(like.dtype).contiguous()
-
-
-def _pieces(layers: Sequence[LinearTensors], x: Tensor) -> list[_Piece]:
-    segments = layers[0].segments
-    if _even_run(segments, x.shape[0]):
-        scales: list[float | Tensor] = [
-            layer.lora_B.new_tensor([s.scaling for s in layer.segments])[:, None, None] for layer in layers
-        ]
-        slots = slice(segments[0].slot, segments[-1].slot + 1)
-        return [_Piece(0, x.shape[0], len(segments), slots, [t.lora_A.shape[1] for t in layers], scales, None)]
-    pieces = []
-    for number, (slot, start, stop, _, _, p, seed, _) in enumerate(segments):
-        own = [layer.segments[number] for layer in layers]
-        mask = dropout_mask(seed, (stop - start, x.shape[1]), p, x) if p else None
-        pieces.append(_Piece(start, stop, 1, slot, [s.rank for s in own], [s.scaling for s in own], mask))
-    return pieces
-
-
-def _even_run(segments: Sequence[LoraSegment], tokens: int) -> bool:
-    """Whether the segments cover the batch in equal lengths over consecutive slots, so that one bmm serves all."""
-    if len(segments) < 2:
-        return False
-    length = segments[0].stop - segments[0].start
-    return length * len(segments) == tokens and all(
-        s.start == i * length and s.stop == s.start + length and s.slot == segments[0].slot + i and not s.dropout
-        for i, s in enumerate(segments)
-    )
-
-
-def _add_product(into: Tensor, a: Tensor, b: Tensor) -> None:
-    """``into += a·b``, for matrices or batches of them."""
-    (into.addmm_ if into.ndim == 2 else into.baddbmm_)(a, b)
-
-
 class _LoraLinears(torch.autograd.Function):
     """The products of layers that read the same input: its rows are read once for all of their A."""
 
@@ -150,15 +49,14 @@ class _LoraLinears(torch.autograd.Function):
             for layer in layers
         )
         kept: list[Tensor] = []
-        for piece in _pieces(layers, x):
-            rows = piece.rows(x) if piece.mask is None else piece.rows(x) * piece.mask
-            h = rows @ piece.joined_A(layers, x).mT
-            for number, (y, part) in enumerate(zip(outputs, h.split(piece.ranks, dim=-1), strict=True)):
-                if piece.ranks[number]:
-                    _add_product(piece.rows(y), part, piece.scaled_B(layers[number], number, x))
-            kept.append(h)
-        for layer, y in zip(layers, outputs, strict=True):
-            _add_bias(y, layer)
+        if layers[0].segments:
+            groups, slots = row_groups(layers[0].segments, x.shape[0]), _slots(layers[0], x.device)
+            mask = joined_mask(layers[0].segments, x)
+            h = groups.product(x if mask is None else x * mask, _joined_A(layers, slots, x).mT)
+            for layer, y, part in zip(layers, outputs, h.split(_ranks(layers), dim=-1), strict=True):
+                groups.add_product(y, part, _scaled_B(layer, slots, x))
+                _add_bias(y, layer)
+            kept = [h]
         ctx.rest = rest
         ctx.save_for_backward(x, *tensors, *kept)
         return outputs
@@ -168,18 +66,17 @@ class _LoraLinears(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, *saved = ctx.saved_tensors
         count = len(ctx.rest)
-        layers, kept = _together(saved, ctx.rest), saved[5 * count :]
+        layers = _together(saved, ctx.rest)
         grads = tuple(grad.contiguous() for grad in grads)
         grad_x = _base_input_gradient(layers, grads) if ctx.needs_input_grad[0] else None
-        found = [(torch.zeros_like(layer.lora_A), torch.zeros_like(layer.lora_B)) for layer in layers]
-        for piece, h in zip(_pieces(layers, x), kept, strict=True):
-            _piece_gradients(piece, x, h, layers, grads, found, grad_x)
+        low_grads: list[tuple[Tensor | None, ...]] = [(None, None)] * count
+        if layers[0].segments:
+            low_grads = _low_gradients(x, saved[5 * count], layers, grads, grad_x)
         result: list[Tensor | None] = []
         for number, (layer, grad) in enumerate(zip(layers, grads, strict=True)):
             needs_weight, needs_bias = ctx.needs_input_grad[2 + 5 * number : 4 + 5 * number]
             result += [grad.T @ x if needs_weight else None, grad.sum(0) if needs_bias else None]
-            low = found[number] if layer.segments else (None, None)
-            result += [*low, _bias_gradient(layer, grad)]
+            result += [*low_grads[number], _bias_gradient(layer, grad)]
         return grad_x, None, *result
 
 
@@ -207,31 +104,66 @@ def _base_input_gradient(layers: Sequence[LinearTensors], grads: Sequence[Tensor
     return total
 
 
-def _piece_gradients(
-    piece: _Piece,
-    x: Tensor,
-    h: Tensor,
-    layers: Sequence[LinearTensors],
-    grads: Sequence[Tensor],
-    found: Sequence[tuple[Tensor, Tensor]],
-    grad_x: Tensor | None,
-) -> None:
-    """Add a piece's share to the gradients of A and B (``found``) and of the input, in place."""
-    low_grads = []
-    for number, (layer, grad, part) in enumerate(zip(layers, grads, h.split(piece.ranks, dim=-1), strict=True)):
-        g, grad_B = piece.rows(grad), found[number][1]
-        low_grads.append(piece.scaled_B(layer, number, x) @ g.mT)  # (r, tokens)
-        grad_B[piece.slots, :, : piece.ranks[number]] += ((part.mT @ g) * piece.scales[number]).mT
-    g_low = low_grads[0] if len(layers) == 1 else torch.cat(low_grads, dim=-2)
-    rows = piece.rows(x) if piece.mask is None else piece.rows(x) * piece.mask
-    for (grad_A, _), part, rank in zip(found, (g_low @ rows).split(piece.ranks, dim=-2), piece.ranks, strict=True):
-        grad_A[piece.slots, :rank] += part
-    if grad_x is None:
-        return
-    if piece.mask is None:
-        _add_product(piece.rows(grad_x), g_low.mT, piece.joined_A(layers, x))
+def _low_gradients(
+    x: Tensor, h: Tensor, layers: Sequence[LinearTensors], grads: Sequence[Tensor], grad_x: Tensor | None
+) -> list[tuple[Tensor | None, ...]]:
+    """Each layer's gradients of A and B, from ``h = (m∘x)·Aᵀ``; LoRA's part of the input's is added to ``grad_x``."""
+    groups, slots, ranks = row_groups(layers[0].segments, x.shape[0]), _slots(layers[0], x.device), _ranks(layers)
+    low, grads_B = [], []
+    for layer, grad, part in zip(layers, grads, h.split(ranks, dim=-1), strict=True):
+        low.append(groups.product(grad, _scaled_B(layer, slots, x).mT))
+        grads_B.append(_to_slots((groups.outer_product(part, grad) * _scales(layer)).mT, slots, layer.lora_B))
+    joined = low[0] if len(low) == 1 else torch.cat(low, dim=-1)
+    mask = joined_mask(layers[0].segments, x)
+    parts = groups.outer_product(joined, x if mask is None else x * mask).split(ranks, dim=-2)
+    grads_A = [_to_slots(part, slots, layer.lora_A) for layer, part in zip(layers, parts, strict=True)]
+    if grad_x is not None:
+        onto = grad_x if mask is None else torch.zeros_like(x)
+        groups.add_product(onto, joined, _joined_A(layers, slots, x))
+        if mask is not None:
+            grad_x.addcmul_(onto, mask)
+    return list(zip(grads_A, grads_B, strict=True))
+
+
+def _slots(layer: LinearTensors, device: torch.device) -> slice | Tensor:
+    """Picks the segments' slots from a tensor of all: a slice, which copies nothing, where they follow each other."""
+    numbers = [s.slot for s in layer.segments]
+    first, stop = numbers[0], numbers[0] + len(numbers)
+    return slice(first, stop) if numbers == list(range(first, stop)) else torch.tensor(numbers, device=device)
+
+
+def _ranks(layers: Sequence[LinearTensors]) -> list[int]:
+    """Each layer's largest rank: what is past a slot's own is zero and adds nothing."""
+    return [max(s.rank for s in layer.segments) for layer in layers]
+
+
+def _scales(layer: LinearTensors) -> Tensor:
+    return layer.lora_B.new_tensor([s.scaling for s in layer.segments])[:, None, None]
+
+
+def _joined_A(layers: Sequence[LinearTensors], slots: slice | Tensor, like: Tensor) -> Tensor:
+    """The segments' A, ``(segments, r_1 + … + r_n, in)``: the layers' one below another."""
+    parts = [layer.lora_A[slots, :rank] for layer, rank in zip(layers, _ranks(layers), strict=True)]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).to(like.dtype)
+
+
+def _scaled_B(layer: LinearTensors, slots: slice | Tensor, like: Tensor) -> Tensor:
+    """The segments' ``s·Bᵀ``, ``(segments, r, out)``. On ``(out, r)`` in memory the products ran 4 times slower."""
+    B = layer.lora_B[slots, :, : _ranks([layer])[0]]
+    return (B.mT * _scales(layer)).to(like.dtype).contiguous()
+
+
+def _to_slots(parts: Tensor, slots: slice | Tensor, like: Tensor) -> Tensor:
+    """The segments' gradients where their slots are in a tensor of all slots; of a slot with two segments, the sum."""
+    if parts.shape == like.shape and isinstance(slots, slice):
+        return parts.to(like.dtype)
+    total = torch.zeros_like(like)
+    rank_wide = total[:, : parts.shape[1], : parts.shape[2]]
+    if isinstance(slots, slice):
+        rank_wide[slots] = parts.to(like.dtype)
     else:
-        piece.rows(grad_x).add_((g_low.mT @ piece.joined_A(layers, x)) * piece.mask)
+        rank_wide.index_add_(0, slots, parts.to(like.dtype))
+    return total
 
 
 def _bias_gradient(layer: LinearTensors, grad: Tensor) -> Tensor | None:

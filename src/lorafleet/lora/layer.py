@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lorafleet.errors import AdapterError, ModelError
-from lorafleet.lora.functional import LinearTensors, LoraSegment, lora_linears
+from lorafleet.lora.functional import lora_linears
 from lorafleet.lora.packed import PackedWeight, pack
 from lorafleet.lora.routing import Router, Segment
+from lorafleet.lora.segments import LinearTensors, LoraSegment
 
 
 def linear_shape(layer: nn.Module) -> tuple[int, int]:

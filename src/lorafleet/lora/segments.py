@@ -1,0 +1,114 @@
+"""The segments of a flat batch, and products in which each segment's rows meet its own slot's matrices."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lorafleet.lora.packed import PackedWeight
+
+
+class LoraSegment(NamedTuple):
+    """What one layer does with rows ``start:stop``: its slot, that slot's rank, scale and dropout, and its bias."""
+
+    slot: int
+    start: int
+    stop: int
+    rank: int
+    scaling: float
+    dropout: float = 0.0
+    mask_seed: int = 0
+    trains_bias: bool = False
+
+
+class LinearTensors(NamedTuple):
+    """One layer of a joint product: its frozen weight, all slots' A and B, and what it does with each segment.
+
+    Args:
+        weight: Frozen base weight ``(out, in)``.
+        bias: Base bias ``(out,)``, or none.
+        lora_A: All slots' A ``(K, r_max, in)``; rows past a slot's rank are zero.
+        lora_B: All slots' B ``(K, out, r_max)``; columns past a slot's rank are zero.
+        lora_bias: All slots' trained change of the bias ``(K, out)``, or none.
+        segments: Disjoint and in order; rows that none covers get the base alone.
+        packed: The frozen weight in a faster layout, if it has one.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    lora_A: Tensor
+    lora_B: Tensor
+    lora_bias: Tensor | None
+    segments: Sequence[LoraSegment]
+    packed: PackedWeight | None = None
+
+
+def dropout_mask(seed: int, shape: tuple[int, int], p: float, like: Tensor) -> Tensor:
+    """A mask of zeros and ``1/(1-p)`` that follows from ``seed`` alone, so that the backward pass draws it again."""
+    generator = torch.Generator(device=like.device).manual_seed(seed)
+    keep = torch.empty(shape, dtype=like.dtype, device=like.device)
+    return keep.bernoulli_(1 - p, generator=generator).div_(1 - p)
+
+
+def joined_mask(segments: Sequence[LoraSegment], like: Tensor) -> Tensor | None:
+    """The dropout of all rows of ``like (tokens, in)``, or none where no segment has any."""
+    if not any(s.dropout for s in segments):
+        return None
+    mask = torch.ones_like(like)
+    for s in segments:
+        if s.dropout:
+            mask[s.start : s.stop] = dropout_mask(s.mask_seed, (s.stop - s.start, like.shape[1]), s.dropout, like)
+    return mask
+
+
+class RowGroups(NamedTuple):
+    """Products in which each segment's rows of a ``(tokens, features)`` tensor meet a matrix of their own.
+
+    Equal segments that fill the batch are one batched product. Others are one product each, of their own length.
+
+    Args:
+        rows: The rows of each segment.
+        even: Whether they are equally long and fill the batch.
+    """
+
+    rows: tuple[slice, ...]
+    even: bool
+
+    def _entries(self, tensor: Tensor) -> Tensor:
+        return tensor.view(len(self.rows), -1, tensor.shape[1])
+
+    def product(self, x: Tensor, matrices: Tensor) -> Tensor:
+        """``x_k·M_k`` as ``(tokens, m)``, for ``matrices (segments, n, m)``; zeros in rows of no segment."""
+        if self.even:
+            return (self._entries(x) @ matrices).flatten(0, 1)
+        out = x.new_zeros(x.shape[0], matrices.shape[2])
+        for rows, matrix in zip(self.rows, matrices.unbind(), strict=True):
+            torch.mm(x[rows], matrix, out=out[rows])
+        return out
+
+    def add_product(self, into: Tensor, x: Tensor, matrices: Tensor) -> None:
+        """``x_k·M_k`` added to ``into (tokens, m)``, for ``matrices (segments, n, m)``."""
+        if self.even:
+            self._entries(into).baddbmm_(self._entries(x), matrices)
+            return
+        for rows, matrix in zip(self.rows, matrices.unbind(), strict=True):
+            into[rows].addmm_(x[rows], matrix)
+
+    def outer_product(self, a: Tensor, b: Tensor) -> Tensor:
+        """``a_kᵀ·b_k`` as ``(segments, n, m)``, for ``a (tokens, n)`` and ``b (tokens, m)``."""
+        if self.even:
+            return self._entries(a).mT @ self._entries(b)
+        out = a.new_empty(len(self.rows), a.shape[1], b.shape[1])
+        for rows, one in zip(self.rows, out.unbind(), strict=True):
+            torch.mm(a[rows].T, b[rows], out=one)
+        return out
+
+
+def row_groups(segments: Sequence[LoraSegment], tokens: int) -> RowGroups:
+    """The rows of ``segments`` in a batch of ``tokens``."""
+    length = tokens // len(segments)
+    even = len(segments) > 1 and all(
+        s.start == i * length and s.stop == (i + 1) * length for i, s in enumerate(segments)
+    )
+    return RowGroups(tuple(slice(s.start, s.stop) for s in segments), even and length * len(segments) == tokens)
