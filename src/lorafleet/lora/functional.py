@@ -6,14 +6,14 @@ with m a dropout mask already divided by 1-p, and c_k an optional trained change
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lorafleet.lora.segments import LinearTensors, dropout_mask, joined_mask, row_groups
+from lorafleet.lora.segments import LinearTensors, RowGroups, dropout_mask, joined_mask, row_groups
 
 
 def lora_linear_reference(x: Tensor, layer: LinearTensors) -> Tensor:
@@ -50,11 +50,11 @@ class _LoraLinears(torch.autograd.Function):
         )
         kept: list[Tensor] = []
         if layers[0].segments:
-            groups, slots = row_groups(layers[0].segments, x.shape[0]), _slots(layers[0], x.device)
+            joint = ctx.joint = _join(layers, x)
             mask = joined_mask(layers[0].segments, x)
-            h = groups.product(x if mask is None else x * mask, _joined_A(layers, slots, x).mT)
-            for layer, y, part in zip(layers, outputs, h.split(_ranks(layers), dim=-1), strict=True):
-                groups.add_product(y, part, _scaled_B(layer, slots, x))
+            h = joint.groups.product(x if mask is None else x * mask, joint.scaled_A(layers, x).mT)
+            for layer, y, part, rank in zip(layers, outputs, h.split(joint.ranks, dim=1), joint.ranks, strict=True):
+                joint.groups.add_product(y, part, joint.transposed_B(layer, rank, x))
                 _add_bias(y, layer)
             kept = [h]
         ctx.rest = rest
@@ -71,7 +71,7 @@ class _LoraLinears(torch.autograd.Function):
         grad_x = _base_input_gradient(layers, grads) if ctx.needs_input_grad[0] else None
         low_grads: list[tuple[Tensor | None, ...]] = [(None, None)] * count
         if layers[0].segments:
-            low_grads = _low_gradients(x, saved[5 * count], layers, grads, grad_x)
+            low_grads = _low_gradients(ctx.joint, x, saved[5 * count], layers, grads, grad_x)
         result: list[Tensor | None] = []
         for number, (layer, grad) in enumerate(zip(layers, grads, strict=True)):
             needs_weight, needs_bias = ctx.needs_input_grad[2 + 5 * number : 4 + 5 * number]
@@ -104,53 +104,75 @@ def _base_input_gradient(layers: Sequence[LinearTensors], grads: Sequence[Tensor
     return total
 
 
+class _Joint(NamedTuple):
+    """How the segments of layers that read the same input meet their slots' A and B.
+
+    Args:
+        groups: The products by segment.
+        slots: Picks the segments' slots from a tensor of all; a slice, which copies nothing, where they are in a row.
+        ranks: Each layer's largest rank: what is past a slot's own is zero and adds nothing.
+        scales: ``(segments, r_1 + … + r_n, 1)``, or one for all of a segment's ranks.
+    """
+
+    groups: RowGroups
+    slots: slice | Tensor
+    ranks: list[int]
+    scales: Tensor
+
+    def scaled_A(self, layers: Sequence[LinearTensors], like: Tensor) -> Tensor:
+        """The segments' ``s·A``, ``(segments, r_1 + … + r_n, in)``: the layers' one below another."""
+        parts = [layer.lora_A[self.slots, :rank] for layer, rank in zip(layers, self.ranks, strict=True)]
+        return ((parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)) * self.scales).to(like.dtype)
+
+    def transposed_B(self, layer: LinearTensors, rank: int, like: Tensor) -> Tensor:
+        """The segments' ``Bᵀ``, ``(segments, r, out)``. On ``(out, r)`` in memory the products ran 4 times slower."""
+        return layer.lora_B[self.slots, :, :rank].mT.to(like.dtype).contiguous()
+
+
+def _join(layers: Sequence[LinearTensors], x: Tensor) -> _Joint:
+    segments = layers[0].segments
+    numbers = [s.slot for s in segments]
+    first, stop = numbers[0], numbers[0] + len(numbers)
+    in_a_row = numbers == list(range(first, stop))
+    ranks = [max(s.rank for s in layer.segments) for layer in layers]
+    scalings = [[s.scaling for s in layer.segments] for layer in layers]
+    if any(one != scalings[0] for one in scalings):
+        by_layer = layers[0].lora_A.new_tensor(scalings).T
+        scales = torch.cat([one.expand(-1, rank) for one, rank in zip(by_layer.split(1, 1), ranks, strict=True)], dim=1)
+    else:
+        scales = layers[0].lora_A.new_tensor(scalings[0])[:, None]
+    return _Joint(
+        row_groups(segments, x.shape[0]),
+        slice(first, stop) if in_a_row else torch.tensor(numbers, device=x.device),
+        ranks,
+        scales[:, :, None],
+    )
+
+
 def _low_gradients(
-    x: Tensor, h: Tensor, layers: Sequence[LinearTensors], grads: Sequence[Tensor], grad_x: Tensor | None
+    joint: _Joint,
+    x: Tensor,
+    h: Tensor,
+    layers: Sequence[LinearTensors],
+    grads: Sequence[Tensor],
+    grad_x: Tensor | None,
 ) -> list[tuple[Tensor | None, ...]]:
-    """Each layer's gradients of A and B, from ``h = (m∘x)·Aᵀ``; LoRA's part of the input's is added to ``grad_x``."""
-    groups, slots, ranks = row_groups(layers[0].segments, x.shape[0]), _slots(layers[0], x.device), _ranks(layers)
+    """Each layer's gradients of A and B, from ``h = s·(m∘x)·Aᵀ``; LoRA's part of the input's is added to ``grad_x``."""
+    groups, slots, ranks, scales = joint
     low, grads_B = [], []
-    for layer, grad, part in zip(layers, grads, h.split(ranks, dim=-1), strict=True):
-        low.append(groups.product(grad, _scaled_B(layer, slots, x).mT))
-        grads_B.append(_to_slots((groups.outer_product(part, grad) * _scales(layer)).mT, slots, layer.lora_B))
-    joined = low[0] if len(low) == 1 else torch.cat(low, dim=-1)
+    for layer, grad, part, rank in zip(layers, grads, h.split(ranks, dim=1), ranks, strict=True):
+        low.append(groups.product(grad, joint.transposed_B(layer, rank, x).mT))
+        grads_B.append(_to_slots(groups.outer_product(part, grad).mT, slots, layer.lora_B))
+    joined = low[0] if len(low) == 1 else torch.cat(low, dim=1)
     mask = joined_mask(layers[0].segments, x)
-    parts = groups.outer_product(joined, x if mask is None else x * mask).split(ranks, dim=-2)
+    parts = (groups.outer_product(joined, x if mask is None else x * mask) * scales).split(ranks, dim=1)
     grads_A = [_to_slots(part, slots, layer.lora_A) for layer, part in zip(layers, parts, strict=True)]
     if grad_x is not None:
         onto = grad_x if mask is None else torch.zeros_like(x)
-        groups.add_product(onto, joined, _joined_A(layers, slots, x))
+        groups.add_product(onto, joined, joint.scaled_A(layers, x))
         if mask is not None:
             grad_x.addcmul_(onto, mask)
     return list(zip(grads_A, grads_B, strict=True))
-
-
-def _slots(layer: LinearTensors, device: torch.device) -> slice | Tensor:
-    """Picks the segments' slots from a tensor of all: a slice, which copies nothing, where they follow each other."""
-    numbers = [s.slot for s in layer.segments]
-    first, stop = numbers[0], numbers[0] + len(numbers)
-    return slice(first, stop) if numbers == list(range(first, stop)) else torch.tensor(numbers, device=device)
-
-
-def _ranks(layers: Sequence[LinearTensors]) -> list[int]:
-    """Each layer's largest rank: what is past a slot's own is zero and adds nothing."""
-    return [max(s.rank for s in layer.segments) for layer in layers]
-
-
-def _scales(layer: LinearTensors) -> Tensor:
-    return layer.lora_B.new_tensor([s.scaling for s in layer.segments])[:, None, None]
-
-
-def _joined_A(layers: Sequence[LinearTensors], slots: slice | Tensor, like: Tensor) -> Tensor:
-    """The segments' A, ``(segments, r_1 + … + r_n, in)``: the layers' one below another."""
-    parts = [layer.lora_A[slots, :rank] for layer, rank in zip(layers, _ranks(layers), strict=True)]
-    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).to(like.dtype)
-
-
-def _scaled_B(layer: LinearTensors, slots: slice | Tensor, like: Tensor) -> Tensor:
-    """The segments' ``s·Bᵀ``, ``(segments, r, out)``. On ``(out, r)`` in memory the products ran 4 times slower."""
-    B = layer.lora_B[slots, :, : _ranks([layer])[0]]
-    return (B.mT * _scales(layer)).to(like.dtype).contiguous()
 
 
 def _to_slots(parts: Tensor, slots: slice | Tensor, like: Tensor) -> Tensor:

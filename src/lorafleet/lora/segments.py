@@ -81,7 +81,7 @@ class RowGroups(NamedTuple):
     def product(self, x: Tensor, matrices: Tensor) -> Tensor:
         """``x_k·M_k`` as ``(tokens, m)``, for ``matrices (segments, n, m)``; zeros in rows of no segment."""
         if self.even:
-            return (self._entries(x) @ matrices).flatten(0, 1)
+            return torch.bmm(self._entries(x), matrices).flatten(0, 1)
         out = x.new_zeros(x.shape[0], matrices.shape[2])
         for rows, matrix in zip(self.rows, matrices.unbind(), strict=True):
             torch.mm(x[rows], matrix, out=out[rows])
@@ -98,7 +98,7 @@ class RowGroups(NamedTuple):
     def outer_product(self, a: Tensor, b: Tensor) -> Tensor:
         """``a_kᵀ·b_k`` as ``(segments, n, m)``, for ``a (tokens, n)`` and ``b (tokens, m)``."""
         if self.even:
-            return self._entries(a).mT @ self._entries(b)
+            return torch.bmm(self._entries(a).mT, self._entries(b))
         out = a.new_empty(len(self.rows), a.shape[1], b.shape[1])
         for rows, one in zip(self.rows, out.unbind(), strict=True):
             torch.mm(a[rows].T, b[rows], out=one)
