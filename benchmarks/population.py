@@ -2,8 +2,8 @@
 
 Three ways to train the same adapters on the same rows: together in lorafleet, one after another in lorafleet, one after
 another in PEFT + Trainer; the base is loaded once in each. Adapters have one row a step, of 32, 64 or 256 tokens: all
-equally long, or from half to one and a half times that. Every way is a process of its own, in turn. Results go to
-stdout and into a JSON file, progress to stderr.
+equally long, or from half to one and a half times that. The loss is on the data's answers, as in training. Every way
+is a process of its own, in turn. Results go to stdout and into a JSON file, progress to stderr.
 """
 
 import datetime
@@ -19,14 +19,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.job import write_json
+from benchmarks.job import IGNORED, write_json
 from benchmarks.machine import machine_facts
 from benchmarks.process import BenchmarkError, run_module
+from benchmarks.rows import Row, tokenized_rows
 from benchmarks.summary import PARITY_LIMIT, QUIET, Spread, spread
-from lorafleet.config.data import DataConfig
 from lorafleet.config.lora import LoraConfig
 from lorafleet.config.model import ModelConfig
-from lorafleet.data.load import load_data
 from lorafleet.errors import LorafleetError
 from lorafleet.files.adapter import save_adapter
 from lorafleet.lora import inject_lora
@@ -45,12 +44,12 @@ class Case:
     Args:
         tokens: Of a row on average.
         equal: Whether all rows have as many.
-        rows: Token ids, by adapter and step.
+        rows: Token ids and labels, by adapter and step.
     """
 
     tokens: int
     equal: bool
-    rows: list[list[list[int]]]
+    rows: list[list[Row]]
 
     @property
     def name(self) -> str:
@@ -59,12 +58,18 @@ class Case:
 
     def timed_tokens(self, skipped: int) -> int:
         """Tokens of the timed steps of all adapters."""
-        return sum(len(ids) for rows in self.rows for ids in rows[skipped:])
+        return sum(len(row["input_ids"]) for rows in self.rows for row in rows[skipped:])
+
+    @property
+    def trained_share(self) -> float:
+        """Which part of the tokens has a loss."""
+        labels = np.concatenate([row["labels"] for rows in self.rows for row in rows])
+        return float((labels != IGNORED).mean())
 
 
 @click.command(help=(__doc__ or "").partition("\n\n")[2], context_settings={"show_default": True})
 @click.option("--model", default="smollm2-135m", help="The base, as lorafleet train takes it.")
-@click.option("--data", default="sample:movie_polarity", help="Text that the rows are cut from.")
+@click.option("--data", default="sample:movie_polarity", help="Rows that these are cut from.")
 @click.option("--adapters", type=click.IntRange(2), default=8, help="K.")
 @click.option("--tokens", type=click.IntRange(4), multiple=True, default=(32, 64, 256), help="Of a row.")
 @click.option("--rounds", type=click.IntRange(1), default=3, help="3 or more for figures to quote.")
@@ -120,6 +125,7 @@ def benchmark(model: str, data: str, folder: Path, output: Path, rounds: int, **
         "settings": {"model": model, "data": data, "rounds": rounds, "lora": LoraConfig().model_dump(mode="json")}
         | {name: list(value) if isinstance(value, tuple) else value for name, value in numbers.items()},
         "cases": [case.name for case in cases],
+        "trained_share": [case.trained_share for case in cases],
         "tokens_per_second": rates,
         "together_is_faster": {way: [asdict(one) for one in found] for way, found in ratios.items()},
         "warnings": cautions,
@@ -131,12 +137,11 @@ def _prepare(
     model: str, data: str, folder: Path, adapters: int, tokens: tuple[int, ...], steps: int, skipped: int, threads: int
 ) -> tuple[dict[str, Any], list[Case]]:
     base = load_base(ModelConfig(model_name_or_path=model, device="cpu", dtype="float32"))
-    rows = load_data(DataConfig(data=data), base.tokenizer).splits["train"]
-    text = [int(i) for row in rows for i in row.input_ids]
+    rows = tokenized_rows(data, base.tokenizer)
     config = LoraConfig()
     bank = inject_lora(base.model, config, seed=0)
     save_adapter(folder / "adapter", config, bank.state_dict(0), base_name=base.name, metadata={})
-    cases = [_case(text, length, equal, adapters, skipped + steps) for length in tokens for equal in (True, False)]
+    cases = [_case(rows, length, equal, adapters, skipped + steps) for length in tokens for equal in (True, False)]
     job = {
         "model": base.source,
         "adapter": str(folder / "adapter"),
@@ -148,8 +153,11 @@ def _prepare(
     return job, cases
 
 
-def _case(text: list[int], tokens: int, equal: bool, adapters: int, steps: int) -> Case:
-    """Rows cut from the text; of ragged ones as many are longer as are shorter, by as much, so that the mean stays."""
+def _case(data: list[Row], tokens: int, equal: bool, adapters: int, steps: int) -> Case:
+    """The last tokens before the end of a row, of as many rows as that takes.
+
+    Of ragged ones as many are longer as are shorter, by as much, so that the mean stays.
+    """
     random = np.random.default_rng(tokens)
     lengths = np.full((adapters, steps), tokens)
     if not equal:
@@ -157,8 +165,13 @@ def _case(text: list[int], tokens: int, equal: bool, adapters: int, steps: int) 
         lengths[: adapters // 2] += extra
         lengths[adapters - adapters // 2 :] -= extra
         lengths = random.permuted(lengths, axis=0)
-    starts = random.integers(0, len(text) - 2 * tokens, (adapters, steps))
-    rows = [[text[s : s + n] for s, n in zip(*one, strict=True)] for one in zip(starts, lengths, strict=True)]
+    text = {name: [number for row in data for number in row[name]] for name in ("input_ids", "labels")}
+    ends = np.cumsum([len(row["input_ids"]) for row in data])
+    chosen = random.choice(ends[ends >= 2 * tokens], (adapters, steps))
+    rows = [
+        [{name: numbers[stop - n : stop] for name, numbers in text.items()} for stop, n in zip(*one, strict=True)]
+        for one in zip(chosen, lengths, strict=True)
+    ]
     return Case(tokens, equal, rows)
 
 
@@ -190,11 +203,18 @@ def _table(
 ) -> Table:
     table = Table(title=f"{adapters} adapters: tokens/s, and how much faster together; median of {len(rates)} rounds")
     table.add_column("tokens of an adapter-step")
+    table.add_column("with a loss", justify="right")
     for name in (*WAYS, "together × one by one", "together × peft + Trainer"):
         table.add_column(name, justify="right")
     for number, case in enumerate(cases):
         own = (spread([one[way][number] for one in rates]).text(0) for way in WAYS)
-        table.add_row(case.name, *own, ratios[ONE_BY_ONE][number].text(2), ratios[PEFT][number].text(2))
+        table.add_row(
+            case.name,
+            f"{case.trained_share:.0%}",
+            *own,
+            ratios[ONE_BY_ONE][number].text(2),
+            ratios[PEFT][number].text(2),
+        )
     return table
 
 

@@ -1,7 +1,5 @@
 """The rows of a benchmark: tokenized once by lorafleet, the same ids and labels for every peer."""
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -15,19 +13,19 @@ from lorafleet.errors import DataError
 Row = dict[str, list[int]]
 
 
-def tokenized_rows(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
+def tokenized_rows(data: str, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
     """Token ids and labels of a file's rows, with the loss on the answers.
 
     Args:
-        path: Rows of any shape that ``lorafleet train`` takes, or a folder whose ``train`` file is used.
+        data: Rows of any shape that ``lorafleet train`` takes, or a folder whose ``train`` file is used.
         tokenizer: The base's.
 
     Raises:
-        DataError: There is nothing at the path, or its rows cannot be used.
+        DataError: There is nothing, or its rows cannot be used.
     """
-    data = load_data(DataConfig(data=str(path), valid_fraction=0), tokenizer)
+    splits = load_data(DataConfig(data=data, valid_fraction=0), tokenizer).splits
     rows = []
-    for row in data.splits["train"]:
+    for row in splits["train"]:
         ids = np.asarray(row.input_ids)
         rows.append({"input_ids": ids.tolist(), "labels": np.where(row.loss_mask, ids, IGNORED).tolist()})
     return rows

@@ -188,7 +188,7 @@ def _prepare(data: Path, model: str, folder: Path) -> dict[str, Any]:
         )
     base = load_base(ModelConfig(model_name_or_path=model, device="cpu", dtype="float32"))
     tokenizer: PreTrainedTokenizerBase = base.tokenizer
-    rows = tokenized_rows(data, tokenizer)
+    rows = tokenized_rows(str(data), tokenizer)
     config = LoraConfig()
     bank = inject_lora(base.model, config, seed=0)
     adapter = folder / "adapter"

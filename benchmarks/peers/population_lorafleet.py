@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.job import serve_plain
+from benchmarks.job import IGNORED, serve_plain
 from benchmarks.peers.lorafleet_loop import LabelledRow
 from lorafleet.config.model import ModelConfig
 from lorafleet.config.training import RunConfig, TrainingConfig
@@ -62,7 +62,7 @@ def run(job: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def _member(bank: LoraBank, slot: int, rows: list[list[int]], job: dict[str, Any]) -> Member:
+def _member(bank: LoraBank, slot: int, rows: list[dict[str, list[int]]], job: dict[str, Any]) -> Member:
     training = TrainingConfig(
         learning_rate=job["learning_rate"],
         lr_scheduler_type="constant",
@@ -70,7 +70,9 @@ def _member(bank: LoraBank, slot: int, rows: list[list[int]], job: dict[str, Any
         per_device_train_batch_size=1,
         max_steps=len(rows),
     )
-    labelled = [LabelledRow(np.array(ids, dtype=np.int32), np.ones(len(ids), dtype=bool)) for ids in rows]
+    labelled = [
+        LabelledRow(np.array(row["input_ids"], dtype=np.int32), np.array(row["labels"]) != IGNORED) for row in rows
+    ]
     member = Member(f"adapter {slot}", bank, slot, training, labelled)
     member.schedule = InOrder(len(rows))  # type: ignore[assignment]
     return member

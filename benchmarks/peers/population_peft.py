@@ -30,7 +30,7 @@ def run(job: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def _train(model: PeftModel, tokenizer: Any, rows: list[list[int]], job: dict[str, Any]) -> StepClock:
+def _train(model: PeftModel, tokenizer: Any, rows: list[dict[str, list[int]]], job: dict[str, Any]) -> StepClock:
     clock = StepClock()
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
@@ -52,7 +52,7 @@ def _train(model: PeftModel, tokenizer: Any, rows: list[list[int]], job: dict[st
         trainer = Trainer(
             model=model,
             args=arguments,
-            train_dataset=Dataset.from_list([{"input_ids": ids, "labels": ids} for ids in rows]),
+            train_dataset=Dataset.from_list(rows),
             data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
             callbacks=[clock],
         )

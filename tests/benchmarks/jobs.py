@@ -46,7 +46,7 @@ def write_rows(path: Path, count: int) -> Path:
 
 @cache
 def tiny_rows(count: int = 64) -> tuple[Row, ...]:
-    return tuple(tokenized_rows(write_rows(Path(mkdtemp()) / "train.jsonl", count), tiny_tokenizer()))
+    return tuple(tokenized_rows(str(write_rows(Path(mkdtemp()) / "train.jsonl", count)), tiny_tokenizer()))
 
 
 @cache

@@ -9,6 +9,7 @@ from click.testing import CliRunner
 
 import benchmarks.population
 import benchmarks.tune
+from benchmarks.job import IGNORED
 from benchmarks.population import ONE_BY_ONE, PEFT, TOGETHER
 from benchmarks.process import BenchmarkError
 from tests.tiny import tiny_base_folder
@@ -26,17 +27,25 @@ def run(command: Any, *arguments: str) -> str:
     return found.output
 
 
+ROWS = [
+    {"input_ids": list(range(10 * i, 10 * i + 10)), "labels": [IGNORED] * 8 + [10 * i + 8, 10 * i + 9]}
+    for i in range(100)
+]
+
+
 @pytest.mark.parametrize("equal", [True, False])
 def test_ragged_rows_are_as_long_on_average(equal: bool) -> None:
-    case = benchmarks.population._case(list(range(1000)), 16, equal, 4, 3)
-    lengths = [[len(row) for row in rows] for rows in case.rows]
+    case = benchmarks.population._case(ROWS, 16, equal, 4, 3)
+    lengths = [[len(row["input_ids"]) for row in rows] for rows in case.rows]
     assert all(sum(column) == 4 * 16 for column in zip(*lengths, strict=True))
     assert (len({n for row in lengths for n in row}) == 1) == equal
     assert case.timed_tokens(1) == 2 * 4 * 16
+    assert all(row["input_ids"][-1] % 10 == 9 and row["labels"][-1] != IGNORED for rows in case.rows for row in rows)
+    assert case.trained_share == pytest.approx(0.2, abs=0.1)
 
 
 def test_losses_that_differ_are_an_error() -> None:
-    case = benchmarks.population._case(list(range(1000)), 16, True, 2, 1)
+    case = benchmarks.population._case(ROWS, 16, True, 2, 1)
     found = {way: [{"losses": [2.0, 3.0]}] for way in (TOGETHER, ONE_BY_ONE)} | {PEFT: [{"losses": [2.0, 3.1]}]}
     with pytest.raises(BenchmarkError, match=r"16 equal: losses of peft \+ Trainer, one by one differ by 3\.\de-02"):
         benchmarks.population._check_losses(found, [case])
