@@ -1,0 +1,56 @@
+"""Attention over short sequences of one flat row, against PyTorch's own for each sequence by itself."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from lorafleet.models.attention import FlatLayout
+from lorafleet.models.short_attention import short_attention
+
+LENGTHS = {
+    "one": (9,),
+    "equal": (7, 7, 7),
+    "unequal": (3, 9, 1, 9),
+    "runs of equal and unequal": (4, 4, 33, 2, 2, 2),
+}
+
+
+def tensors(lengths: tuple[int, ...], heads: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(1, sum(lengths), count, 8) for count in (heads, 2, 2)]
+    made = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    return [tensor.transpose(1, 2).requires_grad_() for tensor in made]
+
+
+def alone(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    split = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
+    return torch.cat(
+        [
+            scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3, enable_gqa=True)
+            for q, k, v in zip(*split, strict=True)
+        ],
+        dim=2,
+    )
+
+
+@pytest.mark.parametrize("heads", [2, 6])
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_equals_each_sequence_by_itself(lengths: tuple[int, ...], heads: int) -> None:
+    results = []
+    for together in (True, False):
+        made = tensors(lengths, heads)
+        out = short_attention(*made, 0.3, FlatLayout(lengths).runs) if together else alone(*made, lengths)
+        results.append([out, *torch.autograd.grad(out.sin().sum(), made)])
+    for got, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_a_sequence_that_is_not_finite_leaves_its_neighbours_alone() -> None:
+    lengths = (3, 9, 5)
+    made = tensors(lengths, 6)
+    with torch.no_grad():
+        made[0][:, :, :3] = torch.nan
+    out = short_attention(*made, 0.3, FlatLayout(lengths).runs)
+    for tensor in (out, *torch.autograd.grad(out.sum(), made)):
+        assert tensor[:, :, 3:].isfinite().all() and not tensor[:, :, :3].isfinite().all()
