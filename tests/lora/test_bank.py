@@ -25,7 +25,7 @@ def fill(bank: LoraBank, slot: int, seed: int = 0, std: float = 0.1) -> None:
         value += std * torch.randn(value.shape, generator=generator, dtype=value.dtype)
     for layer in bank.layers.values():  # the rank padding stays zero
         layer.lora_A.data[slot, layer.ranks[slot] :] = 0
-        layer.lora_B.data[slot, :, layer.ranks[slot] :] = 0
+        layer.lora_B.data[slot, layer.ranks[slot] :] = 0
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

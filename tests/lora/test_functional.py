@@ -29,14 +29,14 @@ def tensors(dtype: torch.dtype, segments: list[LoraSegment]) -> dict[str, Tensor
         "weight": (OUT, IN),
         "bias": (OUT,),
         "lora_A": (3, R, IN),
-        "lora_B": (3, OUT, R),
+        "lora_B": (3, R, OUT),
         "lora_bias": (3, OUT),
     }
     made = {name: torch.randn(shape, generator=generator, dtype=dtype) for name, shape in shapes.items()}
     ranks = {s.slot: s.rank for s in segments}
     for slot in range(3):
         made["lora_A"][slot, ranks.get(slot, 0) :] = 0
-        made["lora_B"][slot, :, ranks.get(slot, 0) :] = 0
+        made["lora_B"][slot, ranks.get(slot, 0) :] = 0
     return {name: tensor.requires_grad_() for name, tensor in made.items()}
 
 
@@ -100,7 +100,7 @@ def test_rank_padding_gets_no_gradient() -> None:
     for slot, rank in ((0, 1), (1, 2)):
         assert made["lora_A"].grad is not None and made["lora_B"].grad is not None
         assert not made["lora_A"].grad[slot, rank:].any()
-        assert not made["lora_B"].grad[slot, :, rank:].any()
+        assert not made["lora_B"].grad[slot, rank:].any()
 
 
 def test_dropout_mask_follows_its_seed_and_keeps_the_mean() -> None:

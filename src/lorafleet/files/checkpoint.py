@@ -25,7 +25,7 @@ from lorafleet.files.atomic import json_bytes, sha256_file, sync_folder, tensor_
 logger = logging.getLogger(__name__)
 
 TENSORS, STATE, MANIFEST = "state.safetensors", "state.json", "manifest.json"
-_FORMAT = 1
+_FORMAT = 2
 _NAME = re.compile(r"checkpoint-(\d+)(\.replaced)?")
 _LEFTOVER = re.compile(r"\.checkpoint-\d+\.(partial|deleted)")
 

@@ -22,22 +22,22 @@ PREFIX = "base_model.model."
 
 
 class SlotParameter(NamedTuple):
-    """The part of a parameter that belongs to one slot; ``row`` is none where the whole parameter does."""
+    """The part of a parameter that belongs to one slot; ``part`` is none where the whole parameter does."""
 
     parameter: nn.Parameter
-    row: int | None
+    part: tuple[int, slice] | tuple[int] | None
 
     @property
     def value(self) -> Tensor:
         """The slot's values, a view."""
         data = self.parameter.data
-        return data if self.row is None else data[self.row]
+        return data if self.part is None else data[self.part]
 
     @property
     def grad(self) -> Tensor | None:
         """The slot's gradient, a view; none before the first backward pass."""
         grad = self.parameter.grad
-        return grad if grad is None or self.row is None else grad[self.row]
+        return grad if grad is None or self.part is None else grad[self.part]
 
 
 class LoraBank:
@@ -220,18 +220,19 @@ class LoraBank:
     # -- tensors --------------------------------------------------------------------------------------------------
 
     def slot_parameters(self, slot: int) -> dict[str, SlotParameter]:
-        """What training may change for this slot, by a stable name; ``value`` and ``grad`` are views."""
+        """What training may change for this slot, by a stable name; ``value`` and ``grad`` are views (of Bᵀ for B)."""
         self._filled(slot)
         found: dict[str, SlotParameter] = {}
         for path, layer in self.layers.items():
             if layer.ranks[slot]:
-                found[f"{path}.lora_A"] = SlotParameter(layer.lora_A, slot)
-                found[f"{path}.lora_B"] = SlotParameter(layer.lora_B, slot)
+                part = (slot, slice(layer.ranks[slot]))
+                found[f"{path}.lora_A"] = SlotParameter(layer.lora_A, part)
+                found[f"{path}.lora_B"] = SlotParameter(layer.lora_B, part)
             if layer.lora_bias is not None and layer.trains_bias[slot]:
-                found[f"{path}.lora_bias"] = SlotParameter(layer.lora_bias, slot)
+                found[f"{path}.lora_bias"] = SlotParameter(layer.lora_bias, (slot,))
         for path, extra in self.biases.items():
             if slot in extra.slots:
-                found[f"{path}.lora_bias"] = SlotParameter(extra.change, slot)
+                found[f"{path}.lora_bias"] = SlotParameter(extra.change, (slot,))
         for path, saved in self.saved.items():
             if str(slot) in saved.copies:
                 for name, parameter in saved.copies[str(slot)].named_parameters():
@@ -246,7 +247,7 @@ class LoraBank:
             rank = layer.ranks[slot]
             if rank:
                 found[f"{PREFIX}{path}.lora_A.weight"] = (layer.lora_A.data[slot, :rank], None)
-                found[f"{PREFIX}{path}.lora_B.weight"] = (layer.lora_B.data[slot, :, :rank], None)
+                found[f"{PREFIX}{path}.lora_B.weight"] = (layer.lora_B.data[slot, :rank].T, None)
             if layer.lora_bias is not None and layer.trains_bias[slot]:
                 # A layer that this slot does not adapt is no LoRA layer in PEFT's eyes: its bias keeps its own name.
                 name = "base_layer.bias" if rank else "bias"

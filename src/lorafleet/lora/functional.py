@@ -25,9 +25,7 @@ def lora_linear_reference(x: Tensor, layer: LinearTensors) -> Tensor:
         parts.append(y[end:start])
         rows = x[start:stop]
         dropped = rows * dropout_mask(seed, (stop - start, x.shape[1]), p, x) if p else rows
-        part = y[start:stop] + scaling * (dropped @ lora_A[slot, :rank].T.to(x.dtype)) @ lora_B[slot, :, :rank].T.to(
-            x.dtype
-        )
+        part = y[start:stop] + scaling * (dropped @ lora_A[slot, :rank].T.to(x.dtype)) @ lora_B[slot, :rank].to(x.dtype)
         parts.append(part + lora_bias[slot].to(x.dtype) if lora_bias is not None and trains_bias else part)
         end = stop
     return torch.cat([*parts, y[end:]])
@@ -52,7 +50,8 @@ class _LoraLinears(torch.autograd.Function):
         if layers[0].segments:
             joint = ctx.joint = _join(layers, x)
             mask = joined_mask(layers[0].segments, x)
-            h = joint.groups.product(x if mask is None else x * mask, joint.scaled_A(layers, x).mT)
+            h = joint.groups.product(x if mask is None else x * mask, joint.joined_A(layers, x).mT)
+            joint.groups.scale(h, joint.scales)
             for layer, y, part, rank in zip(layers, outputs, h.split(joint.ranks, dim=1), joint.ranks, strict=True):
                 joint.groups.add_product(y, part, joint.transposed_B(layer, rank, x))
                 _add_bias(y, layer)
@@ -111,7 +110,7 @@ class _Joint(NamedTuple):
         groups: The products by segment.
         slots: Picks the segments' slots from a tensor of all; a slice, which copies nothing, where they are in a row.
         ranks: Each layer's largest rank: what is past a slot's own is zero and adds nothing.
-        scales: ``(segments, r_1 + … + r_n, 1)``, or one for all of a segment's ranks.
+        scales: ``(segments, 1, r_1 + … + r_n)``, or one for all of a segment's ranks.
     """
 
     groups: RowGroups
@@ -119,14 +118,14 @@ class _Joint(NamedTuple):
     ranks: list[int]
     scales: Tensor
 
-    def scaled_A(self, layers: Sequence[LinearTensors], like: Tensor) -> Tensor:
-        """The segments' ``s·A``, ``(segments, r_1 + … + r_n, in)``: the layers' one below another."""
+    def joined_A(self, layers: Sequence[LinearTensors], like: Tensor) -> Tensor:
+        """The segments' A, ``(segments, r_1 + … + r_n, in)``: the layers' one below another."""
         parts = [layer.lora_A[self.slots, :rank] for layer, rank in zip(layers, self.ranks, strict=True)]
-        return ((parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)) * self.scales).to(like.dtype)
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).to(like.dtype)
 
     def transposed_B(self, layer: LinearTensors, rank: int, like: Tensor) -> Tensor:
-        """The segments' ``Bᵀ``, ``(segments, r, out)``. On ``(out, r)`` in memory the products ran 4 times slower."""
-        return layer.lora_B[self.slots, :, :rank].mT.to(like.dtype).contiguous()
+        """The segments' Bᵀ of one layer, ``(segments, r, out)``."""
+        return layer.lora_B[self.slots, :rank].to(like.dtype)
 
 
 def _join(layers: Sequence[LinearTensors], x: Tensor) -> _Joint:
@@ -137,15 +136,15 @@ def _join(layers: Sequence[LinearTensors], x: Tensor) -> _Joint:
     ranks = [max(s.rank for s in layer.segments) for layer in layers]
     scalings = [[s.scaling for s in layer.segments] for layer in layers]
     if any(one != scalings[0] for one in scalings):
-        by_layer = layers[0].lora_A.new_tensor(scalings).T
+        by_layer = x.new_tensor(scalings).T
         scales = torch.cat([one.expand(-1, rank) for one, rank in zip(by_layer.split(1, 1), ranks, strict=True)], dim=1)
     else:
-        scales = layers[0].lora_A.new_tensor(scalings[0])[:, None]
+        scales = x.new_tensor(scalings[0])[:, None]
     return _Joint(
         row_groups(segments, x.shape[0]),
         slice(first, stop) if in_a_row else torch.tensor(numbers, device=x.device),
         ranks,
-        scales[:, :, None],
+        scales[:, None],
     )
 
 
@@ -162,14 +161,15 @@ def _low_gradients(
     low, grads_B = [], []
     for layer, grad, part, rank in zip(layers, grads, h.split(ranks, dim=1), ranks, strict=True):
         low.append(groups.product(grad, joint.transposed_B(layer, rank, x).mT))
-        grads_B.append(_to_slots(groups.outer_product(part, grad).mT, slots, layer.lora_B))
+        grads_B.append(_to_slots(groups.outer_product(part, grad), slots, layer.lora_B))
     joined = low[0] if len(low) == 1 else torch.cat(low, dim=1)
+    groups.scale(joined, scales)
     mask = joined_mask(layers[0].segments, x)
-    parts = (groups.outer_product(joined, x if mask is None else x * mask) * scales).split(ranks, dim=1)
+    parts = groups.outer_product(joined, x if mask is None else x * mask).split(ranks, dim=1)
     grads_A = [_to_slots(part, slots, layer.lora_A) for layer, part in zip(layers, parts, strict=True)]
     if grad_x is not None:
         onto = grad_x if mask is None else torch.zeros_like(x)
-        groups.add_product(onto, joined, joint.scaled_A(layers, x))
+        groups.add_product(onto, joined, joint.joined_A(layers, x))
         if mask is not None:
             grad_x.addcmul_(onto, mask)
     return list(zip(grads_A, grads_B, strict=True))
@@ -178,9 +178,9 @@ def _low_gradients(
 def _to_slots(parts: Tensor, slots: slice | Tensor, like: Tensor) -> Tensor:
     """The segments' gradients where their slots are in a tensor of all slots; of a slot with two segments, the sum."""
     if parts.shape == like.shape and isinstance(slots, slice):
-        return parts.to(like.dtype)
+        return parts.to(like.dtype).contiguous()
     total = torch.zeros_like(like)
-    rank_wide = total[:, : parts.shape[1], : parts.shape[2]]
+    rank_wide = total[:, : parts.shape[1]]
     if isinstance(slots, slice):
         rank_wide[slots] = parts.to(like.dtype)
     else:

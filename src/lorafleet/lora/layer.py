@@ -38,7 +38,8 @@ class LoraLinear(nn.Module):
     Args:
         base_layer: ``nn.Linear`` or GPT-2's ``Conv1D``; kept as it is and frozen.
         num_slots: Number of slots K.
-        r: Largest rank; ``lora_A`` is ``(K, r, in)``, ``lora_B`` is ``(K, out, r)``. Smaller ranks are zero-padded.
+        r: Largest rank; ``lora_A`` is ``(K, r, in)``; ``lora_B`` is Bᵀ, ``(K, r, out)``, as the products read it.
+            Smaller ranks are zero-padded.
         router: The routing in force; a layer of its own routing when not given.
         key: A number of its own, from which its dropout masks follow.
 
@@ -69,7 +70,7 @@ class LoraLinear(nn.Module):
         self.trains_bias = [False] * num_slots
         dtype = torch.promote_types(weight.dtype, torch.float32)
         self.lora_A = nn.Parameter(weight.new_zeros((num_slots, r, self.in_features), dtype=dtype))
-        self.lora_B = nn.Parameter(weight.new_zeros((num_slots, self.out_features, r), dtype=dtype))
+        self.lora_B = nn.Parameter(weight.new_zeros((num_slots, r, self.out_features), dtype=dtype))
         self.lora_bias: nn.Parameter | None = None
         self.packed: PackedWeight | None = None
         self.shared_input: Callable[[LoraLinear, Tensor], Tensor] | None = None
@@ -92,8 +93,8 @@ class LoraLinear(nn.Module):
         if (slots, rank) == (old_slots, old_r):
             return
         new_A = self.lora_A.new_zeros((slots, rank, self.in_features))
-        new_B = self.lora_B.new_zeros((slots, self.out_features, rank))
-        new_A[:old_slots, :old_r], new_B[:old_slots, :, :old_r] = self.lora_A.data, self.lora_B.data
+        new_B = self.lora_B.new_zeros((slots, rank, self.out_features))
+        new_A[:old_slots, :old_r], new_B[:old_slots, :old_r] = self.lora_A.data, self.lora_B.data
         self.lora_A, self.lora_B = nn.Parameter(new_A), nn.Parameter(new_B)
         if self.lora_bias is not None:
             new_bias = self.lora_bias.new_zeros((slots, self.out_features))
@@ -126,7 +127,7 @@ class LoraLinear(nn.Module):
     def delta(self, slot: int) -> Tensor:
         """``scaling · B·A`` of one slot, ``(out, in)`` in the adapter's precision."""
         rank = self.ranks[slot]
-        return self.scalings[slot] * (self.lora_B.data[slot, :, :rank] @ self.lora_A.data[slot, :rank])
+        return self.scalings[slot] * (self.lora_B.data[slot, :rank].T @ self.lora_A.data[slot, :rank])
 
     def pack(self) -> None:
         """Lay the frozen weight out for faster products, where that is possible; results change by rounding only."""

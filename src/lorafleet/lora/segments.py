@@ -29,7 +29,7 @@ class LinearTensors(NamedTuple):
         weight: Frozen base weight ``(out, in)``.
         bias: Base bias ``(out,)``, or none.
         lora_A: All slots' A ``(K, r_max, in)``; rows past a slot's rank are zero.
-        lora_B: All slots' B ``(K, out, r_max)``; columns past a slot's rank are zero.
+        lora_B: All slots' Bᵀ ``(K, r_max, out)``; rows past a slot's rank are zero.
         lora_bias: All slots' trained change of the bias ``(K, out)``, or none.
         segments: Disjoint and in order; rows that none covers get the base alone.
         packed: The frozen weight in a faster layout, if it has one.
@@ -68,23 +68,26 @@ class RowGroups(NamedTuple):
     Equal segments that fill the batch are one batched product. Others are one product each, of their own length.
 
     Args:
-        rows: The rows of each segment.
-        even: Whether they are equally long and fill the batch.
+        lengths: Rows between segments and rows of segments, in turn; between segments there may be none.
+        even: Whether the segments are equally long and fill the batch.
     """
 
-    rows: tuple[slice, ...]
+    lengths: list[int]
     even: bool
 
     def _entries(self, tensor: Tensor) -> Tensor:
-        return tensor.view(len(self.rows), -1, tensor.shape[1])
+        return tensor.view(len(self.lengths) // 2, -1, tensor.shape[1])
+
+    def _parts(self, tensor: Tensor) -> Sequence[Tensor]:
+        return torch.split(tensor, self.lengths)[1::2]
 
     def product(self, x: Tensor, matrices: Tensor) -> Tensor:
         """``x_k·M_k`` as ``(tokens, m)``, for ``matrices (segments, n, m)``; zeros in rows of no segment."""
         if self.even:
             return torch.bmm(self._entries(x), matrices).flatten(0, 1)
         out = x.new_zeros(x.shape[0], matrices.shape[2])
-        for rows, matrix in zip(self.rows, matrices.unbind(), strict=True):
-            torch.mm(x[rows], matrix, out=out[rows])
+        for part, matrix, into in zip(self._parts(x), matrices.unbind(), self._parts(out), strict=True):
+            torch.mm(part, matrix, out=into)
         return out
 
     def add_product(self, into: Tensor, x: Tensor, matrices: Tensor) -> None:
@@ -92,23 +95,32 @@ class RowGroups(NamedTuple):
         if self.even:
             self._entries(into).baddbmm_(self._entries(x), matrices)
             return
-        for rows, matrix in zip(self.rows, matrices.unbind(), strict=True):
-            into[rows].addmm_(x[rows], matrix)
+        for part, matrix, onto in zip(self._parts(x), matrices.unbind(), self._parts(into), strict=True):
+            onto.addmm_(part, matrix)
 
     def outer_product(self, a: Tensor, b: Tensor) -> Tensor:
         """``a_kᵀ·b_k`` as ``(segments, n, m)``, for ``a (tokens, n)`` and ``b (tokens, m)``."""
         if self.even:
             return torch.bmm(self._entries(a).mT, self._entries(b))
-        out = a.new_empty(len(self.rows), a.shape[1], b.shape[1])
-        for rows, one in zip(self.rows, out.unbind(), strict=True):
-            torch.mm(a[rows].T, b[rows], out=one)
+        out = a.new_empty(len(self.lengths) // 2, a.shape[1], b.shape[1])
+        for left, right, into in zip(self._parts(a), self._parts(b), out.unbind(), strict=True):
+            torch.mm(left.T, right, out=into)
         return out
+
+    def scale(self, x: Tensor, factors: Tensor) -> None:
+        """Multiply each segment's rows of ``x (tokens, n)`` by its own ``factors (segments, 1, n or 1)``, in place."""
+        if self.even:
+            self._entries(x).mul_(factors)
+            return
+        for part, factor in zip(self._parts(x), factors.unbind(), strict=True):
+            part.mul_(factor)
 
 
 def row_groups(segments: Sequence[LoraSegment], tokens: int) -> RowGroups:
     """The rows of ``segments`` in a batch of ``tokens``."""
-    length = tokens // len(segments)
-    even = len(segments) > 1 and all(
-        s.start == i * length and s.stop == (i + 1) * length for i, s in enumerate(segments)
-    )
-    return RowGroups(tuple(slice(s.start, s.stop) for s in segments), even and length * len(segments) == tokens)
+    lengths, end = list[int](), 0
+    for s in segments:
+        lengths += [s.start - end, s.stop - s.start]
+        end = s.stop
+    lengths.append(tokens - end)
+    return RowGroups(lengths, len(segments) > 1 and not any(lengths[::2]) and len(set(lengths[1::2])) == 1)

@@ -13,7 +13,7 @@ from lorafleet.evaluation.token_loss import LossModel, mean_losses
 from lorafleet.lora import LoraBank
 from lorafleet.models.machine import is_out_of_memory
 from lorafleet.training.events import Evaluated, Event, Failed, Finished, Observer, Pruned, StepDone
-from lorafleet.training.member import Member, Window
+from lorafleet.training.member import Member, Window, clip_gradients
 from lorafleet.training.queue import AdapterQueue
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ class Population:
         start = time.perf_counter()
         windows = [member.window() for member in active]
         losses = self._losses(active, windows)
-        norms = [member.clip() for member in active]
+        norms = clip_gradients(active)
         outcomes = zip(active, windows, losses, norms, strict=True)
         rates = [self._update(member, window, loss, norm) for member, window, loss, norm in outcomes]
         self.bank.clear_gradients()

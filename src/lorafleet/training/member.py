@@ -7,13 +7,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from lorafleet.config.training import TrainingConfig
 from lorafleet.data.batches import Part, Schedule, TrainRow, count_targets
 from lorafleet.errors import CheckpointError, TrainingError
 from lorafleet.lora import LoraBank
 from lorafleet.lora.layer import mix_key
+from lorafleet.training.optimizer import AdamW
 from lorafleet.training.schedule import learning_rate
 
 Status = Literal["training", "finished", "pruned", "failed"]
@@ -84,16 +84,8 @@ class Member:
         self.progress = Progress()
         self.parameters = bank.slot_parameters(slot)
         self.views = [parameter.value for parameter in self.parameters.values()]
-        # One optimizer an adapter, over views of the stacked tensors: the library's own fused AdamW, and nothing that
-        # a neighbour could leak into. The zero padding of smaller ranks gets zero gradients and stays zero.
-        self.optimizer = torch.optim.AdamW(
-            self.views,
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_epsilon,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+        # One optimizer an adapter, over views of the stacked tensors: nothing that a neighbour could leak into.
+        self.optimizer = AdamW(self.views, config)
         self.best: list[Tensor] | None = None
 
     def check_bound(self) -> None:
@@ -123,24 +115,15 @@ class Member:
         ]
         return Window(parts, targets, sum(len(row.input_ids) for batch in batches for row in batch))
 
-    def clip(self) -> float:
-        """Scale the gradient down to ``max_grad_norm``; return its norm before. Needs gradients in place."""
-        grads = []
-        for view, parameter in zip(self.views, self.parameters.values(), strict=True):
-            # No gradient at all means none of this step's tokens reached it; beside a neighbour it would be zeros.
-            view.grad = parameter.grad if parameter.grad is not None else torch.zeros_like(view)
-            grads.append(view.grad)
-        norm = get_total_norm(grads)
-        if self.config.max_grad_norm > 0 and bool(torch.isfinite(norm)):
-            clip_grads_with_norm_(self.views, self.config.max_grad_norm, norm)
-        return float(norm)
-
     def update(self) -> float:
         """Take one optimizer step with the clipped gradient; return its learning rate."""
         rate = learning_rate(self.config, self.progress.step, self.total_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
+        # What no row of the step went through has no gradient by itself; beside a neighbour it would be zeros.
+        grads = [
+            torch.zeros_like(view) if (grad := parameter.grad) is None else grad
+            for view, parameter in zip(self.views, self.parameters.values(), strict=True)
+        ]
+        self.optimizer.step(grads, rate)
         self.progress.step += 1
         return rate
 
@@ -194,11 +177,9 @@ class Member:
         """Weights, optimizer moments and the best weights so far, by stable names."""
         found: dict[str, Tensor] = {}
         for number, (name, view) in enumerate(zip(self.parameters, self.views, strict=True)):
-            state = self.optimizer.state.get(view, {})
             found[f"{self.name}/value/{name}"] = view
-            for moment in ("exp_avg", "exp_avg_sq"):
-                if moment in state:
-                    found[f"{self.name}/{moment}/{name}"] = state[moment]
+            found[f"{self.name}/exp_avg/{name}"] = self.optimizer.exp_avg[number]
+            found[f"{self.name}/exp_avg_sq/{name}"] = self.optimizer.exp_avg_sq[number]
             if self.best is not None:
                 found[f"{self.name}/best/{name}"] = self.best[number]
         return found
@@ -213,17 +194,52 @@ class Member:
         missing = [name for name in self.parameters if f"{self.name}/value/{name}" not in tensors]
         if missing:
             raise CheckpointError(f"the checkpoint has no tensors for {', '.join(missing)} of adapter {self.name!r}")
-        stepped = f"{self.name}/exp_avg/{next(iter(self.parameters))}" in tensors
-        for name, view in zip(self.parameters, self.views, strict=True):
-            view.copy_(tensors[f"{self.name}/value/{name}"])
-            if stepped:
-                self.optimizer.state[view] = {
-                    "step": torch.tensor(float(self.progress.step), dtype=torch.float32, device=view.device),
-                    "exp_avg": tensors[f"{self.name}/exp_avg/{name}"].to(view.device),
-                    "exp_avg_sq": tensors[f"{self.name}/exp_avg_sq/{name}"].to(view.device),
-                }
+        self.optimizer.steps.fill_(self.progress.step)
+        moments = (("exp_avg", self.optimizer.exp_avg), ("exp_avg_sq", self.optimizer.exp_avg_sq))
+        for kind, places in (("value", self.views), *moments):
+            for name, place in zip(self.parameters, places, strict=True):
+                place.copy_(tensors[f"{self.name}/{kind}/{name}"])
         if self.progress.best_loss is not None:
             self.best = [
                 tensors[f"{self.name}/best/{name}"].to(v.device)
                 for name, v in zip(self.parameters, self.views, strict=True)
             ]
+
+
+def clip_gradients(members: Sequence[Member]) -> list[float]:
+    """Scale each adapter's gradient down to its own ``max_grad_norm``, in place; return the norms before.
+
+    A stacked gradient is read once for all adapters: one by one, their many small norms took longer than their rows.
+    """
+    stacked, whole = dict[int, Tensor](), [list[Tensor]() for _ in members]
+    for member, own in zip(members, whole, strict=True):
+        for parameter, part in member.parameters.values():
+            if parameter.grad is not None and part is not None:
+                stacked[id(parameter)] = parameter.grad
+            elif parameter.grad is not None:
+                own.append(parameter.grad)
+    norms = [
+        [one.views[0].new_zeros(()), *map(torch.linalg.vector_norm, own)]
+        for one, own in zip(members, whole, strict=True)
+    ]
+    if stacked:
+        rows = torch.stack([torch.linalg.vector_norm(grad.flatten(1), dim=1) for grad in stacked.values()])
+        by_slot = torch.linalg.vector_norm(rows, dim=0).unbind()
+        for member, parts in zip(members, norms, strict=True):
+            parts.append(by_slot[member.slot])
+    totals: list[float] = torch.stack([torch.linalg.vector_norm(torch.stack(parts)) for parts in norms]).tolist()
+    factors = [_clip_factor(member.config.max_grad_norm, total) for member, total in zip(members, totals, strict=True)]
+    for own, factor in zip(whole, factors, strict=True):
+        for grad in own:
+            grad.mul_(factor)
+    if min(factors) < 1:
+        for grad in stacked.values():
+            by_row = grad.new_ones(grad.shape[0])
+            by_row[[member.slot for member in members]] = grad.new_tensor(factors)
+            grad.mul_(by_row.view(-1, *[1] * (grad.ndim - 1)))
+    return totals
+
+
+def _clip_factor(limit: float, norm: float) -> float:
+    """As PyTorch's ``clip_grad_norm_``; 1 where nothing is to be clipped, or nothing can be."""
+    return min(1.0, limit / (norm + 1e-6)) if limit > 0 and math.isfinite(norm) else 1.0
