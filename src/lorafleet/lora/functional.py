@@ -141,7 +141,7 @@ def _join(layers: Sequence[LinearTensors], x: Tensor) -> _Joint:
     else:
         scales = x.new_tensor(scalings[0])[:, None]
     return _Joint(
-        row_groups(segments, x.shape[0]),
+        row_groups(segments, x, [*ranks, *(size for layer in layers for size in layer.weight.shape)]),
         slice(first, stop) if in_a_row else torch.tensor(numbers, device=x.device),
         ranks,
         scales[:, None],
