@@ -313,6 +313,21 @@ def test_a_fixed_population_is_estimated_from_memory_when_not_given(place: Path)
     assert not math.isnan(result.trials[0]["values"][0])
 
 
+def test_a_grid_meets_at_its_rungs_though_a_pass_holds_fewer(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def in_passes_of_two(*args: Any) -> tuple[int, int]:
+        asked.append(args[-1])
+        return args[-1], 2
+
+    given = tune(settings(place, "given", population_size=9))
+    monkeypatch.setattr("lorafleet.search.worker.adapters_that_fit", in_passes_of_two)
+    found = tune(settings(place, "passes", population_size=None))
+    assert asked == [9] and found.population_size == 9
+    assert [(t["number"], t["state"]) for t in found.trials] == [(t["number"], t["state"]) for t in given.trials]
+    assert found.trials[0]["values"] == pytest.approx(given.trials[0]["values"], rel=1e-5)
+
+
 def test_the_message_of_a_full_storage_names_it(place: Path) -> None:
     with pytest.raises(CheckpointError, match=re.escape("cannot open the study")):
         tune(settings(place, "badurl", storage="sqlite:////nonexistent/folder/study.db"))

@@ -31,6 +31,10 @@ def shared(place: Path, output: str, **knobs: Any) -> dict[str, Any]:
     return settings(place, output, **own | {"max_eval_rows": 4} | knobs)
 
 
+LONG = {"max_steps": 300}
+"""Trials so long that the worker that starts first has not trained them all when the other one comes."""
+
+
 def first_steps(output_dir: Path) -> Counter[str]:
     """How often each run took its first step, over all logs."""
     lines = (output_dir / "metrics.jsonl").read_text().splitlines()
@@ -66,7 +70,7 @@ def wait_for_steps(output_dir: Path, number: int) -> psutil.Process:
 
 @pytest.mark.slow
 def test_two_workers_train_every_trial_once_though_one_is_killed(place: Path) -> None:
-    command = start(shared(place, "killed"))
+    command = start(shared(place, "killed", **LONG))
     wait_for_steps(place / "killed", 1).send_signal(signal.SIGKILL)
     _, errors = command.communicate(timeout=240)
     assert command.returncode == 0, errors.decode()
@@ -76,14 +80,14 @@ def test_two_workers_train_every_trial_once_though_one_is_killed(place: Path) ->
 
 @pytest.mark.slow
 def test_workers_that_are_stopped_go_on_where_they_were(place: Path) -> None:
-    command = start(shared(place, "stopped"))
+    command = start(shared(place, "stopped", **LONG))
     wait_for_steps(place / "stopped", 0)
     wait_for_steps(place / "stopped", 1)
     command.send_signal(signal.SIGTERM)
     _, errors = command.communicate(timeout=240)
     assert command.returncode == 1
     assert b"go on with: --resume-from-checkpoint true" in errors
-    tune(shared(place, "stopped", resume_from_checkpoint=True))
+    tune(shared(place, "stopped", resume_from_checkpoint=True, **LONG))
     check_once(place / "stopped")
 
 

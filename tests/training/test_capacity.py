@@ -22,14 +22,31 @@ def loss_model() -> LossModel:
     return LossModel(model, bank, 0)
 
 
-@pytest.mark.parametrize(("one", "two", "fitting"), [(100, 130, 15), (100, 100, 60), (900, 1200, 1), (None, None, 1)])
+@pytest.mark.parametrize(
+    ("one", "two", "wanted", "fitting"),
+    [
+        (100, 130, 1, (15, 15)),
+        (100, 130, 15, (15, 15)),
+        (100, 130, 16, (16, 15)),
+        (100, 130, 40, (40, 7)),
+        (100, 130, 1000, (60, 1)),
+        (100, 100, 1000, (60, 60)),
+        (900, 1200, 16, (1, 1)),
+        (None, None, 16, (1, 1)),
+    ],
+)
 def test_what_the_second_needs_more_is_what_each_further_one_needs(
-    loss_model: LossModel, monkeypatch: pytest.MonkeyPatch, one: int | None, two: int | None, fitting: int
+    loss_model: LossModel,
+    monkeypatch: pytest.MonkeyPatch,
+    one: int | None,
+    two: int | None,
+    wanted: int,
+    fitting: tuple[int, int],
 ) -> None:
     needs = iter([one, two])
     monkeypatch.setattr(capacity, "memory_of", lambda run, device: (run(), next(needs))[1])
     monkeypatch.setattr(capacity, "free_memory_bytes", lambda device: 1000)
-    assert adapters_that_fit(loss_model, make_rows(1), (0, 1), slot_bytes=2, share=0.7) == fitting
+    assert adapters_that_fit(loss_model, make_rows(1), (0, 1), slot_bytes=2, share=0.7, wanted=wanted) == fitting
     assert loss_model.bank is not None
     assert all(one.grad is None for one in loss_model.bank.slot_parameters(0).values())
 

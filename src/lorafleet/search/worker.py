@@ -1,6 +1,7 @@
 """One worker of a search: a base, rows and a bank, made ready for every trial; and its share of the trials."""
 
 import logging
+import math
 import socket
 import time
 from collections.abc import Mapping
@@ -148,11 +149,14 @@ class Worker:
             step = state.restore(checkpoint, lambda extra: self._restored(extra, trials, queue))
             logger.info("going on from %s", checkpoint)
         else:
-            state.extra["population_size"] = self.population_size(loss_model)
-            self.bank.reserve((), state.extra["population_size"])
+            size, together = self.population_size(loss_model)
+            state.extra |= {"population_size": size, "together": together}
+            self.bank.reserve((), size)
         before = float(state.extra.get("seconds", 0.0))
         queue.size = int(state.extra["population_size"])
-        logger.info("%d trials, up to %d train together", len(trials.study.records), queue.size)
+        together = state.extra["together"]
+        passes = f", {together} of them in a pass" if together and together < queue.size else ""
+        logger.info("%d trials, up to %d train together%s", len(trials.study.records), queue.size, passes)
         live = LiveTable(trials, self.run.logging_steps, alone=not self.name)
         with listen() as stop, reporting(folder, self.run, state.extra.get("log_bytes", 0), live) as (log, observers):
             population = Population(
@@ -161,7 +165,7 @@ class Worker:
                 self.bank,
                 self.run,
                 queue=queue,
-                together=state.extra.get("together"),
+                together=together,
                 steps=step,
                 observers=observers,
                 save=lambda: save(),
@@ -185,12 +189,19 @@ class Worker:
             save()
         return state.extra
 
-    def population_size(self, loss_model: LossModel) -> int:
-        """How many trials train together: as the user says, or as many as memory has room for."""
+    def population_size(self, loss_model: LossModel) -> tuple[int, int | None]:
+        """How many trials train together, and how many of them in one pass; as many as have room if it is not known.
+
+        Without a number from the user that is what memory has room for, and in a grid as many more as it takes for one
+        of them to come through all rungs: where fewer meet at a rung, more of them go on.
+        """
         given = self.search.population_size
-        runs = len(plan_trials(self.search, self.space)[1]) * self.search.seeds_per_trial
+        sampler, queued = plan_trials(self.search, self.space)
+        runs = len(queued) * self.search.seeds_per_trial
         if given is not None:
-            return min(given, runs)
+            return min(given, runs), None
+        compared = 1 if sampler != "grid" else round(1 / min((*self.budget.shares, 1.0))) * self.search.seeds_per_trial
+        wanted = min(runs, math.ceil(compared / self.search.workers))
         rows = self.data.splits["train"]
         largest = max(self.shapes, key=lambda lora: lora.r)
         size = max(training.per_device_train_batch_size for training in self._trainings())
@@ -198,10 +209,10 @@ class Worker:
         slots = [self.bank.add(largest, slot=slot) for slot in range(2)]
         self.bank.train()
         slot_bytes = sum(one.value.nbytes for one in self.bank.slot_parameters(0).values())
-        fitting = adapters_that_fit(loss_model, longest, slots, slot_bytes, self.search.max_memory)
+        fitting, together = adapters_that_fit(loss_model, longest, slots, slot_bytes, self.search.max_memory, wanted)
         for slot in slots:
             self.bank.remove(slot)
-        return min(fitting, runs)
+        return min(fitting, runs), together
 
     def _trainings(self) -> list[TrainingConfig]:
         """The training knobs at every end of the space."""

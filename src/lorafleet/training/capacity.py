@@ -15,9 +15,9 @@ TENSORS_PER_SLOT = 5
 
 
 def adapters_that_fit(
-    loss_model: LossModel, rows: Sequence[TrainRow], slots: Sequence[int], slot_bytes: int, share: float
-) -> int:
-    """Measure how many adapters can share a pass within a part of the free memory.
+    loss_model: LossModel, rows: Sequence[TrainRow], slots: Sequence[int], slot_bytes: int, share: float, wanted: int
+) -> tuple[int, int]:
+    """Measure how many adapters can train side by side within a part of the free memory.
 
     One pass forward and backward is run with one adapter's micro-batch, one with two; what the second needs more is
     what each further adapter will need.
@@ -28,9 +28,11 @@ def adapters_that_fit(
         slots: Two slots to run it with.
         slot_bytes: Bytes of one adapter's weights.
         share: Part of the free memory that the population may take.
+        wanted: Adapters that are to have a slot, if need be at the price of several passes in each step.
 
     Returns:
-        1 at least; 1 too where this system does not tell the memory of a pass.
+        How many adapters: those that fit into one pass, or more, up to what is wanted; and how many of them fit into
+        one pass. 1 at least; 1 too where this system does not tell the memory of a pass.
     """
     budget = share * free_memory_bytes(loss_model.device)
     one, two = (memory_of(partial(_pass, loss_model, rows, slots[:n]), loss_model.device) for n in (1, 2))
@@ -39,9 +41,13 @@ def adapters_that_fit(
             "this system does not tell the memory of a pass, so adapters train one after the other; "
             "population_size sets how many train together"
         )
-        return 1
-    kept = TENSORS_PER_SLOT * slot_bytes
-    return max(1, 1 + int((budget - one - kept) // (max(0, two - one) + kept)))
+        return 1, 1
+    kept, further = TENSORS_PER_SLOT * slot_bytes, max(0, two - one)
+    in_one_pass = max(1, 1 + int((budget - one - kept) // (further + kept)))
+    adapters = min(wanted, int((budget - one) // kept))
+    if adapters <= in_one_pass:
+        return in_one_pass, in_one_pass
+    return adapters, 1 + int((budget - one - adapters * kept) // further)
 
 
 def _pass(loss_model: LossModel, rows: Sequence[TrainRow], slots: Sequence[int]) -> None:

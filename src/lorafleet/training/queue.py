@@ -64,7 +64,9 @@ class AdapterQueue:
         """Let waiting adapters into the free slots."""
         joined = []
         for slot in range(self.size):
-            if slot not in self.members and (candidate := self.candidates.next()) is not None:
+            if slot not in self.members:
+                if (candidate := self.candidates.next()) is None:
+                    break
                 joined.append(self.place(candidate, slot))
         return joined
 
