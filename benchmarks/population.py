@@ -122,7 +122,12 @@ def benchmark(model: str, data: str, folder: Path, output: Path, rounds: int, **
     report = {
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": facts,
-        "settings": {"model": model, "data": data, "rounds": rounds, "lora": LoraConfig().model_dump(mode="json")}
+        "settings": {
+            "model": model,
+            "data": Path(data).name,
+            "rounds": rounds,
+            "lora": LoraConfig().model_dump(mode="json"),
+        }
         | {name: list(value) if isinstance(value, tuple) else value for name, value in numbers.items()},
         "cases": [case.name for case in cases],
         "trained_share": [case.trained_share for case in cases],

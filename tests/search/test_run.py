@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from lorafleet.errors import CheckpointError, ConfigError, Interrupted, TrainingError
 from lorafleet.files.adapter import load_adapter
+from lorafleet.files.checkpoint import load_checkpoint, newest_checkpoint
 from lorafleet.search.live import LiveTable
 from lorafleet.search.result import TuneResult
 from lorafleet.search.run import tune
@@ -324,6 +325,8 @@ def test_a_grid_meets_at_its_rungs_though_a_pass_holds_fewer(place: Path, monkey
     monkeypatch.setattr("lorafleet.search.worker.adapters_that_fit", in_passes_of_two)
     found = tune(settings(place, "passes", population_size=None))
     assert asked == [9] and found.population_size == 9
+    newest = newest_checkpoint(place / "passes")
+    assert newest and load_checkpoint(newest)[1]["extra"]["together"] == 2
     assert [(t["number"], t["state"]) for t in found.trials] == [(t["number"], t["state"]) for t in given.trials]
     assert found.trials[0]["values"] == pytest.approx(given.trials[0]["values"], rel=1e-5)
 
