@@ -38,8 +38,10 @@ class LoraConfig(Section):
     modules_to_save: list[str] = knob(
         [], "Modules to train whole and save with the adapter, for example lm_head.", names=("additional_target",)
     )
-    init_lora_weights: Literal["default", "gaussian"] = knob(
-        "default", "Start of A: default (Kaiming uniform) or gaussian (std 1/r). B starts at zero."
+    init_lora_weights: Literal["default", "gaussian", "pissa", "olora"] = knob(
+        "default",
+        "Start: default (A Kaiming uniform, B zero), gaussian (A with std 1/r, B zero), pissa (W0's largest singular "
+        "values, arXiv 2404.02948) or olora (W0's QR, arXiv 2406.01775); these two are saved as plain LoRA of rank 2r.",
     )
 
     @field_validator("target_modules", mode="after")
@@ -67,6 +69,26 @@ class LoraConfig(Section):
         if faults:
             raise ValueError("; ".join(faults))
         return self
+
+    @property
+    def takes_off_start(self) -> bool:
+        """Whether A and B start away from zero, so that ``ΔW = s·(B·A - B₀·A₀)`` with a frozen copy of the start."""
+        return self.init_lora_weights in ("pissa", "olora")
+
+    def as_plain(self) -> "LoraConfig":
+        """The same adapter as plain LoRA: ``B·A - B₀·A₀ = [B, -B₀]·[A; A₀]`` has twice the rank and the same scale."""
+        if not self.takes_off_start:
+            return self
+        factor = 2**0.5 if self.use_rslora else 2
+        return self.model_copy(
+            update={
+                "r": 2 * self.r,
+                "rank_pattern": {name: 2 * rank for name, rank in self.rank_pattern.items()},
+                "lora_alpha": factor * self.lora_alpha,
+                "alpha_pattern": {name: factor * alpha for name, alpha in self.alpha_pattern.items()},
+                "init_lora_weights": "default",
+            }
+        )
 
     def scaling(self, r: int, alpha: float) -> float:
         """The effective scale of a module with this rank and alpha."""

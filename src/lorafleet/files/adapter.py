@@ -80,6 +80,7 @@ def save_adapter(
     Raises:
         AdapterError: A tensor's name, shape or value does not fit (all are listed), or the disk is full or fails.
     """
+    config = config.as_plain()
     raise_all(AdapterError, tensor_faults(config, tensors), "the adapter cannot be saved")
     peft = to_peft(config, tensors, base_name=base_name, base_revision=base_revision, fan_in_fan_out=fan_in_fan_out)
     contents = {WEIGHTS: tensor_bytes(tensors), CONFIG: json_bytes(peft)}

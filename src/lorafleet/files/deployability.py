@@ -20,11 +20,13 @@ def deployability(config: LoraConfig, target_paths: Sequence[str]) -> dict[str, 
     Returns:
         For ``peft``, ``vllm`` and ``llama.cpp`` the reasons against it; an empty list means that it can.
     """
+    config = config.as_plain()
     return {"peft": [], "vllm": _vllm(config, target_paths), "llama.cpp": _llama_cpp(config, target_paths)}
 
 
 def vllm_rank_flag(config: LoraConfig, target_paths: Sequence[str]) -> int | None:
     """The smallest ``--max-lora-rank`` with which vLLM takes the adapter; none where its rank is too high."""
+    config = config.as_plain()
     rank = max((rank_and_alpha(config, path)[0] for path in target_paths), default=config.r)
     return next((limit for limit in VLLM_RANKS if limit >= rank), None)
 

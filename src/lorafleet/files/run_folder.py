@@ -202,6 +202,8 @@ def model_card(
     }
     scale = lora.scaling(lora.r, lora.lora_alpha)
     shape = {"r": lora.r, "lora_alpha": f"{lora.lora_alpha:g}", "effective scale": f"{scale:g}"}
+    if lora.takes_off_start:
+        shape |= {"start": lora.init_lora_weights, "saved as": f"plain LoRA of rank {lora.as_plain().r}"}
     targets = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)
     rows = {"base": base, "data": data, **shape, "target_modules": targets, **facts}
     names = [*dict.fromkeys([*metrics_before, *metrics])]

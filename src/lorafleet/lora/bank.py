@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lorafleet.config.lora import LoraConfig
 from lorafleet.errors import AdapterError, RoutingError, did_you_mean, raise_all
-from lorafleet.lora.init import STARTS, generator_for, path_key
+from lorafleet.lora.init import STARTS, Fresh, generator_for, path_key
 from lorafleet.lora.layer import LoraLinear
 from lorafleet.lora.packed import mapped_files, page_out
 from lorafleet.lora.routing import Router, Routing
@@ -79,8 +79,9 @@ class LoraBank:
         """
         self._reserve(num_slots)
         for config in configs:
+            plain = config.as_plain()
             for path in self.find_targets(config):
-                rank = int(pattern_value(config.rank_pattern, path, config.r))
+                rank = int(pattern_value(plain.rank_pattern, path, plain.r))
                 self._layer(path, rank).grow(self.num_slots, rank)
 
     def find_targets(self, config: LoraConfig) -> dict[str, nn.Module]:
@@ -173,12 +174,15 @@ class LoraBank:
 
     def _fill_layer(self, path: str, slot: int, config: LoraConfig, seed: int) -> None:
         rank = int(pattern_value(config.rank_pattern, path, config.r))
-        layer = self._layer(path, rank)
-        layer.grow(self.num_slots, rank)
-        layer.ranks[slot] = rank
-        layer.scalings[slot] = config.scaling(rank, pattern_value(config.alpha_pattern, path, config.lora_alpha))
-        layer.dropouts[slot] = config.lora_dropout
-        STARTS[config.init_lora_weights](layer.lora_A.data[slot, :rank], generator_for(seed, path))
+        width = 2 * rank if config.takes_off_start else rank
+        layer = self._layer(path, width)
+        layer.grow(self.num_slots, width)
+        scaling = config.scaling(rank, pattern_value(config.alpha_pattern, path, config.lora_alpha))
+        start = layer.fill(slot, rank, scaling, config.lora_dropout)
+        fresh = Fresh(*start, layer.oriented_weight, scaling, generator_for(seed, path))
+        STARTS[config.init_lora_weights](fresh)
+        if config.takes_off_start:
+            layer.take_off_start(slot)
 
     def _layer(self, path: str, rank: int) -> LoraLinear:
         """The LoRA layer at a path, made now where there is none."""
@@ -225,7 +229,7 @@ class LoraBank:
         found: dict[str, SlotParameter] = {}
         for path, layer in self.layers.items():
             if layer.ranks[slot]:
-                part = (slot, slice(layer.ranks[slot]))
+                part = (slot, slice(layer.trained_ranks[slot]))
                 found[f"{path}.lora_A"] = SlotParameter(layer.lora_A, part)
                 found[f"{path}.lora_B"] = SlotParameter(layer.lora_B, part)
             if layer.lora_bias is not None and layer.trains_bias[slot]:

@@ -21,11 +21,15 @@ def lora_linear_reference(x: Tensor, layer: LinearTensors) -> Tensor:
     weight, bias, lora_A, lora_B, lora_bias, segments, _ = layer
     y = F.linear(x, weight, bias)
     parts, end = [], 0
-    for slot, start, stop, rank, scaling, p, seed, trains_bias in segments:
+    for slot, start, stop, rank, scaling, p, seed, trains_bias, frozen in segments:
         parts.append(y[end:start])
         rows = x[start:stop]
         dropped = rows * dropout_mask(seed, (stop - start, x.shape[1]), p, x) if p else rows
-        part = y[start:stop] + scaling * (dropped @ lora_A[slot, :rank].T.to(x.dtype)) @ lora_B[slot, :rank].to(x.dtype)
+        trained = rank - frozen
+        low_A, low_B = (
+            torch.cat([low[slot, :trained], low[slot, trained:rank].detach()]).to(x.dtype) for low in (lora_A, lora_B)
+        )
+        part = y[start:stop] + scaling * (dropped @ low_A.T) @ low_B
         parts.append(part + lora_bias[slot].to(x.dtype) if lora_bias is not None and trains_bias else part)
         end = stop
     return torch.cat([*parts, y[end:]])
@@ -172,6 +176,11 @@ def _low_gradients(
         groups.add_product(onto, joined, joint.joined_A(layers, x))
         if mask is not None:
             grad_x.addcmul_(onto, mask)
+    for layer, *both in zip(layers, grads_A, grads_B, strict=True):
+        for s in layer.segments:
+            if s.frozen:
+                for grad in both:
+                    grad[s.slot, s.rank - s.frozen :] = 0
     return list(zip(grads_A, grads_B, strict=True))
 
 

@@ -67,6 +67,7 @@ class LoraLinear(nn.Module):
         self.router = router or Router()
         self.key = key
         self.ranks, self.scalings, self.dropouts = [0] * num_slots, [0.0] * num_slots, [0.0] * num_slots
+        self.trained_ranks = [0] * num_slots
         self.trains_bias = [False] * num_slots
         dtype = torch.promote_types(weight.dtype, torch.float32)
         self.lora_A = nn.Parameter(weight.new_zeros((num_slots, r, self.in_features), dtype=dtype))
@@ -80,6 +81,11 @@ class LoraLinear(nn.Module):
     def weight(self) -> Tensor:
         """The base's weight, stored as the base stores it."""
         return cast(Tensor, self.base_layer.weight)
+
+    @property
+    def oriented_weight(self) -> Tensor:
+        """The base's weight as ``(out, in)``, whichever way it is stored."""
+        return self.weight.T if isinstance(self.base_layer, Conv1D) else self.weight
 
     @property
     def bias(self) -> Tensor | None:
@@ -102,9 +108,23 @@ class LoraLinear(nn.Module):
             self.lora_bias = nn.Parameter(new_bias)
         missing = slots - old_slots
         self.ranks += [0] * missing
+        self.trained_ranks += [0] * missing
         self.scalings += [0.0] * missing
         self.dropouts += [0.0] * missing
         self.trains_bias += [False] * missing
+
+    def fill(self, slot: int, rank: int, scaling: float, dropout: float) -> tuple[Tensor, Tensor]:
+        """Give a slot its rank, scale and dropout; return its A ``(r, in)`` and Bᵀ ``(r, out)``, to be started."""
+        self.ranks[slot] = self.trained_ranks[slot] = rank
+        self.scalings[slot], self.dropouts[slot] = scaling, dropout
+        return self.lora_A.data[slot, :rank], self.lora_B.data[slot, :rank]
+
+    def take_off_start(self, slot: int) -> None:
+        """Take the slot's ``B₀·A₀`` of now off its product, as rows behind the trained ones that nothing changes."""
+        rank = self.trained_ranks[slot]
+        self.ranks[slot] = 2 * rank
+        self.lora_A.data[slot, rank : 2 * rank] = self.lora_A.data[slot, :rank]
+        self.lora_B.data[slot, rank : 2 * rank] = -self.lora_B.data[slot, :rank]
 
     def train_bias(self, slot: int) -> None:
         """Let a slot change the bias, if there is one: a row of a parameter ``(K, out)``, zero at the start."""
@@ -117,6 +137,7 @@ class LoraLinear(nn.Module):
     def clear(self, slot: int) -> None:
         """Empty a slot: rank 0 and nothing but zeros."""
         self.ranks[slot], self.scalings[slot], self.dropouts[slot], self.trains_bias[slot] = 0, 0.0, 0.0, False
+        self.trained_ranks[slot] = 0
         with torch.no_grad():
             for parameter in (self.lora_A, self.lora_B, self.lora_bias):
                 if parameter is not None:
@@ -131,8 +152,7 @@ class LoraLinear(nn.Module):
 
     def pack(self) -> None:
         """Lay the frozen weight out for faster products, where that is possible; results change by rounding only."""
-        weight = self.weight.T if isinstance(self.base_layer, Conv1D) else self.weight
-        self.packed = pack(weight)
+        self.packed = pack(self.oriented_weight)
 
     def merge(self, slot: int) -> None:
         """Fold a slot into the base layer; the original parameters are kept.
@@ -177,11 +197,9 @@ class LoraLinear(nn.Module):
 
     def tensors(self, segments: Sequence[Segment], lower: torch.dtype | None) -> LinearTensors:
         """What a product of this layer takes, the base's part in ``lower`` precision under autocast."""
-        weight, bias = self.weight, self.bias
+        weight, bias = self.oriented_weight, self.bias
         # A model that was moved or converted after packing answers in its new precision and place.
         packed = self.packed if weight.dtype == torch.float32 and weight.device.type == "cpu" else None
-        if isinstance(self.base_layer, Conv1D):
-            weight = weight.T
         if lower is not None:
             weight, bias, packed = weight.to(lower), None if bias is None else bias.to(lower), None
         own = [self._segment(s) for s in segments]
@@ -194,7 +212,8 @@ class LoraLinear(nn.Module):
         if p:
             # Without a key the mask follows torch's global generator, as nn.Dropout's does.
             seed = mix_key(key, self.key) if key is not None else int(torch.randint(2**62, (1,)).item())
-        return LoraSegment(slot, start, stop, self.ranks[slot], self.scalings[slot], p, seed, self.trains_bias[slot])
+        rank, scaling, frozen = self.ranks[slot], self.scalings[slot], self.ranks[slot] - self.trained_ranks[slot]
+        return LoraSegment(slot, start, stop, rank, scaling, p, seed, self.trains_bias[slot], frozen)
 
     def extra_repr(self) -> str:
         """Show shapes and ranks in a printed model."""

@@ -11,7 +11,10 @@ from lorafleet.lora.packed import PackedWeight
 
 
 class LoraSegment(NamedTuple):
-    """What one layer does with rows ``start:stop``: its slot, that slot's rank, scale and dropout, and its bias."""
+    """What one layer does with rows ``start:stop``: its slot, that slot's rank, scale and dropout, and its bias.
+
+    Of the rows of A and Bᵀ, the last ``frozen`` ones are constants: their gradients are zero.
+    """
 
     slot: int
     start: int
@@ -21,6 +24,7 @@ class LoraSegment(NamedTuple):
     dropout: float = 0.0
     mask_seed: int = 0
     trains_bias: bool = False
+    frozen: int = 0
 
 
 class LinearTensors(NamedTuple):

@@ -2,8 +2,9 @@
 
 import re
 from collections.abc import Mapping
+from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lorafleet.config.lora import LoraConfig
@@ -124,8 +125,20 @@ def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
         for pattern in patterns:
             if chosen and not any(re.match(rf"(.*\.)?({pattern})$", path) for path in chosen):
                 faults.append(f"{knob}: {pattern!r} matches no adapted layer{did_you_mean(pattern, suffixes)}")
+    if config.takes_off_start:
+        faults += [
+            fault for path, layer in candidates.items() if path in chosen and (fault := _start(config, path, layer))
+        ]
     raise_all(ConfigError, faults, "the adapter does not fit the model")
     return {path: module for path, module in candidates.items() if path in chosen}
+
+
+def _start(config: LoraConfig, path: str, layer: nn.Module) -> str | None:
+    """Why this layer's W0 has no start of the rank that is asked for; none where it has."""
+    rank, largest = int(pattern_value(config.rank_pattern, path, config.r)), min(cast(Tensor, layer.weight).shape)
+    if rank <= largest:
+        return None
+    return f"init_lora_weights = {config.init_lora_weights} needs a rank of at most {largest} for {path}, not {rank}"
 
 
 def without_absent(model: nn.Module, config: LoraConfig) -> LoraConfig:

@@ -94,7 +94,7 @@ class Worker:
 
     def measure_member(self, member: Member) -> dict[str, float]:
         """All objectives of a member that was just evaluated; its loss is known."""
-        costs = {"parameters": float(sum(one.numel() for one in self.bank.state_dict(member.slot).values()))}
+        costs = {"parameters": float(sum(one.value.numel() for one in self.bank.slot_parameters(member.slot).values()))}
         if "latency" in self.search.objectives:
             costs["latency"] = relative_latency(self.base, self.bank, member.slot)
         if {*LABELS, "exact_match"} & set(self.search.objectives):

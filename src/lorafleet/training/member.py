@@ -85,7 +85,9 @@ class Member:
         self.parameters = bank.slot_parameters(slot)
         self.views = [parameter.value for parameter in self.parameters.values()]
         # One optimizer an adapter, over views of the stacked tensors: nothing that a neighbour could leak into.
-        self.optimizer = AdamW(self.views, config)
+        # LoRA+ (Hayou et al. 2024, arXiv 2402.12354): B learns faster than A; as in PEFT, so does what is no matrix.
+        fast = [name.endswith("lora_B") or one.value.ndim == 1 for name, one in self.parameters.items()]
+        self.optimizer = AdamW(self.views, config, [config.loraplus_lr_ratio if one else 1.0 for one in fast])
         self.best: list[Tensor] | None = None
 
     def check_bound(self) -> None:

@@ -18,30 +18,37 @@ class AdamW:
     Args:
         tensors: What it changes.
         config: Betas, epsilon and weight decay.
+        ratios: Each tensor's learning rate over the one that a step is given; all 1 where None.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], config: TrainingConfig) -> None:
+    def __init__(
+        self, tensors: Sequence[Tensor], config: TrainingConfig, ratios: Sequence[float] | None = None
+    ) -> None:
         self.tensors, self.config = list(tensors), config
         self.exp_avg = [torch.zeros_like(tensor) for tensor in self.tensors]
         self.exp_avg_sq = [torch.zeros_like(tensor) for tensor in self.tensors]
         self.steps = torch.zeros((), dtype=torch.float32, device=self.tensors[0].device)
+        self._groups: dict[float, list[int]] = {}
+        for number, ratio in enumerate(ratios or [1.0] * len(self.tensors)):
+            self._groups.setdefault(ratio, []).append(number)
 
     def step(self, grads: Sequence[Tensor], rate: float) -> None:
         """Change the tensors by their gradients at this learning rate."""
         config = self.config
         self.steps += 1
-        torch._fused_adamw_(
-            self.tensors,
-            list(grads),
-            self.exp_avg,
-            self.exp_avg_sq,
-            [],
-            [self.steps] * len(self.tensors),
-            lr=rate,
-            beta1=config.adam_beta1,
-            beta2=config.adam_beta2,
-            weight_decay=config.weight_decay,
-            eps=config.adam_epsilon,
-            amsgrad=False,
-            maximize=False,
-        )
+        for ratio, group in self._groups.items():
+            torch._fused_adamw_(
+                [self.tensors[i] for i in group],
+                [grads[i] for i in group],
+                [self.exp_avg[i] for i in group],
+                [self.exp_avg_sq[i] for i in group],
+                [],
+                [self.steps] * len(group),
+                lr=rate * ratio,
+                beta1=config.adam_beta1,
+                beta2=config.adam_beta2,
+                weight_decay=config.weight_decay,
+                eps=config.adam_epsilon,
+                amsgrad=False,
+                maximize=False,
+            )

@@ -162,7 +162,7 @@ def _result(
     measured: tuple[dict[str, float], dict[str, float]],
     started: float,
 ) -> TrainResult:
-    trainable = sum(tensor.numel() for tensor in bank.state_dict(member.slot).values())
+    trainable = sum(one.value.numel() for one in bank.slot_parameters(member.slot).values())
     adapted = sum(p.numel() for p in base.model.parameters() if p.requires_grad)
     progress, (before, after), split = member.progress, measured, data.report.splits["train"]
     return TrainResult(
