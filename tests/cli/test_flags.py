@@ -68,7 +68,7 @@ def test_nothing_given_is_nothing() -> None:
         (["--use-rslora"], {"use_rslora": True}),
         (["--no-use-rslora"], {"use_rslora": False}),
         (["--no-keep-best"], {"keep_best": False}),
-        (["--no-exact-match"], {"exact_match": False}),
+        (["--no-answers"], {"answers": False}),
         (["--resume-from-checkpoint"], {"resume_from_checkpoint": True}),
         (["--resume", "runs/a/checkpoint-3"], {"resume": "runs/a/checkpoint-3"}),
         (["--resume", "false"], {"resume": False}),

@@ -18,6 +18,7 @@ from lorafleet.errors import AdapterError, ConfigError, DataError
 from lorafleet.evaluation.labels import label_log_probs
 from lorafleet.evaluation.measure import measure, prompt_of, references_of, short_answer
 from lorafleet.evaluation.metrics import mcnemar
+from lorafleet.evaluation.text_metrics import text_scores
 from lorafleet.generation.adapted import Adapted, load_adapted
 from tests.generation.tiny_bank import saved_adapter
 from tests.tiny import tiny_base_folder
@@ -166,7 +167,7 @@ def test_answers_are_generated_and_compared(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert set(lines[0]["adapter"]) == {"text", "text_right", "text_complete"}
     assert lines[0]["references"] == ["3"]
-    silent = evaluate(adapter=str(adapter), data=str(rows), exact_match=False)
+    silent = evaluate(adapter=str(adapter), data=str(rows), answers=False)
     assert "exact_match" not in silent.metrics["adapter"]
 
 
@@ -189,6 +190,8 @@ def test_exact_match_counts_right_answers(tmp_path: Path) -> None:
     measured = list(data.splits["train"])
     metrics = measure(adapted.base, adapted.bank, 0, data, measured, batch_size=2, generation=settings)
     assert metrics["exact_match"] == pytest.approx(1 / 3)
+    wanted = text_scores([entry["text"] for entry in found], [[row.reference] for row in measured])
+    assert {name: metrics[name] for name in ("bleu", "chrf", "rouge_l")} == wanted
 
 
 def test_plain_text_has_loss_and_perplexity_only(tmp_path: Path) -> None:
@@ -197,8 +200,8 @@ def test_plain_text_has_loss_and_perplexity_only(tmp_path: Path) -> None:
     result = evaluate(model=str(base), data=str(rows))
     assert set(result.metrics["base"]) == {"loss", "perplexity"}
     assert result.majority is None
-    with pytest.raises(DataError, match="needs rows with a prompt"):
-        evaluate(model=str(base), data=str(rows), exact_match=True)
+    with pytest.raises(DataError, match="answers need rows with a prompt"):
+        evaluate(model=str(base), data=str(rows), answers=True)
 
 
 def test_prompts_are_those_of_training(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Starts that move the base in PEFT (PiSSA, OLoRA): here they leave it, and cross over as plain LoRA of rank 2r."""
 
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -26,7 +27,7 @@ STARTS = ("pissa", "olora")
 PEFTS = [(arch, start) for arch in ARCHITECTURES for start in STARTS if (arch, start) != ("gpt2", "olora")]
 
 
-def knobs(arch: str, start: str, rslora: bool = False) -> dict[str, object]:
+def knobs(arch: str, start: str, rslora: bool = False) -> dict[str, Any]:
     attention, mlp, _ = NAMES[arch]
     patterns = {"rank_pattern": {attention: 3}, "alpha_pattern": {mlp: 5}}
     targets = {"target_modules": [attention, mlp]}

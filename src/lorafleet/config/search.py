@@ -24,8 +24,8 @@ class SearchConfig(Section):
     )
     objective: str | list[str] = knob(
         "loss",
-        "What to improve on held-out rows: loss, perplexity, accuracy, macro_f1, exact_match; or several, with "
-        "parameters or latency (of decoding, × the base's) among them.",
+        "What to improve on held-out rows: loss, perplexity, accuracy, macro_f1, exact_match, bleu, chrf, rouge_l; or "
+        "several, with parameters or latency (of decoding, × the base's) among them.",
         names=("metric",),
     )
     seeds_per_trial: int = knob(1, "Runs of each setting, with seeds that count up; their mean is its score.", ge=1)

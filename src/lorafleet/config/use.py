@@ -63,8 +63,11 @@ class EvaluationConfig(Section):
         "test", "Which rows to evaluate; valid or train where test is absent."
     )
     batch_size: int = knob(16, "Rows in a batch.", ge=1)
-    exact_match: bool | None = knob(
-        None, "Generate answers and compare them with the reference; on when the rows carry an answer."
+    answers: bool | None = knob(
+        None,
+        "Generate answers and compare them with the references: exact match, BLEU, chrF, ROUGE-L; on when the rows "
+        "carry an answer or references.",
+        names=("exact_match",),
     )
     predictions: str | None = knob(None, "Write one JSON line per row with prompt, reference and predictions.")
     base: bool = knob(True, "Measure the base beside the adapter.", names=("with_base",))

@@ -11,6 +11,7 @@ from lorafleet.data.store import TokenRow
 from lorafleet.errors import DataError
 from lorafleet.evaluation.labels import choose_labels
 from lorafleet.evaluation.metrics import is_right, label_scores
+from lorafleet.evaluation.text_metrics import text_scores
 from lorafleet.evaluation.token_loss import LossModel, mean_losses
 from lorafleet.generation import answer_text, generate_ids
 from lorafleet.lora import LoraBank
@@ -39,12 +40,12 @@ def measure(
         data: The task and, for label rows, the labels and their tokens.
         rows: What to measure on.
         batch_size: Rows in a batch.
-        generation: Generate an answer to every row that has a prompt and compare it with the reference.
+        generation: Generate an answer to every row that has a prompt and compare it with its references.
         predictions: Gets one mapping for each row appended: what was predicted, and whether that is right.
 
     Returns:
         ``loss`` (nats per supervised token) and ``perplexity``; ``accuracy`` and ``macro_f1`` for label rows;
-        ``exact_match`` where answers were generated.
+        ``exact_match`` where answers were generated, and ``bleu``, ``chrf`` and ``rouge_l`` where they are texts.
 
     Raises:
         DataError: There are no rows, or a row's label is not among the labels.
@@ -57,7 +58,7 @@ def measure(
     if data.task == "label":
         metrics |= _label_metrics(base, bank, slot, data, rows, batch_size, found)
     if generation is not None:
-        metrics |= _answer_metrics(base, bank, slot, rows, batch_size, generation, found)
+        metrics |= _answer_metrics(base, bank, slot, data, rows, batch_size, generation, found)
     if predictions is not None:
         predictions += found
     return metrics
@@ -108,15 +109,20 @@ def _answer_metrics(
     base: Base,
     bank: LoraBank | None,
     slot: int,
+    data: Data,
     rows: Sequence[TokenRow],
     batch_size: int,
     generation: GenerationConfig,
     found: list[dict[str, Any]],
 ) -> dict[str, float]:
-    """Share of generated answers that agree with a reference; rows without a prompt have none and do not count."""
+    """How generated answers agree with their references; rows without a prompt have none and do not count.
+
+    Texts are compared with texts: a row with a short answer, a number for example, or with a label counts for exact
+    match alone.
+    """
     asked = [i for i, row in enumerate(rows) if row.prompt_length]
     if not asked:
-        raise DataError("exact match needs rows with a prompt; these are plain text")
+        raise DataError("answers need rows with a prompt; these are plain text")
     prompts = [prompt_of(rows[i]) for i in asked]
     answers = generate_ids(base, bank, prompts, [slot] * len(asked), generation, batch_size=batch_size)
     right = 0
@@ -125,4 +131,6 @@ def _answer_metrics(
         agrees = is_right(text, references_of(rows[i]))
         right += agrees
         found[i] |= {"text": text, "text_right": agrees, "text_complete": len(answer) < generation.max_new_tokens}
-    return {"exact_match": right / len(asked)}
+    texts = [i for i in asked if data.task != "label" and short_answer(rows[i]) is None]
+    scores = text_scores([found[i]["text"] for i in texts], [references_of(rows[i]) for i in texts]) if texts else {}
+    return {"exact_match": right / len(asked), **scores}

@@ -9,6 +9,9 @@ from decimal import Decimal
 from scipy.stats import binomtest
 from sklearn.metrics import accuracy_score, f1_score
 
+ANSWERS = ("exact_match", "bleu", "chrf", "rouge_l")
+"""The measures that need generated answers."""
+
 _NUMBER = re.compile(r"(?:(?<![\w)])[-+])?\d+(?:,\d{3})*(?:\.\d+)?")
 _FINAL = "####"
 

@@ -46,7 +46,8 @@ class EvalResult:
         split: Which split was measured.
         rows: Rows measured.
         task: label, chat or text.
-        metrics: By ``base`` and ``adapter``: loss (nats per token), perplexity, accuracy, macro_f1, exact_match.
+        metrics: By ``base`` and ``adapter``: loss (nats per token), perplexity, accuracy, macro_f1, exact_match, and
+            bleu, chrf and rouge_l from 0 to 100.
         majority: For label rows the most frequent label and the accuracy of always answering it.
         p_values: McNemar's exact test for label rows: ``adapter_vs_base``, ``adapter_vs_majority``.
         predictions: The file with one line per row, or none.
@@ -93,9 +94,9 @@ def evaluate(config: Mapping[str, Any] | str | Path | None = None, /, **knobs: A
     data_config = as_trained(data_config, adapted.adapter, _TRAINED_WITH)
     data, split, warnings = choose_rows(data_config, settings, adapted)
     rows: list[TokenRow] = list(data.splits[split])
-    wants_answers = settings.exact_match
+    wants_answers = settings.answers
     if wants_answers is None:
-        wants_answers = any(short_answer(row) is not None for row in rows)
+        wants_answers = any(row.references or short_answer(row) is not None for row in rows)
     subjects = {"base": BASE_ONLY} if settings.base or adapted.bank is None else {}
     if adapted.bank is not None:
         subjects["adapter"] = adapted.slot

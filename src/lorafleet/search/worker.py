@@ -17,6 +17,7 @@ from lorafleet.config.training import RunConfig, TrainingConfig
 from lorafleet.config.use import GenerationConfig
 from lorafleet.data.load import Data
 from lorafleet.evaluation.measure import loss_metrics, measure
+from lorafleet.evaluation.metrics import ANSWERS
 from lorafleet.evaluation.token_loss import LossModel
 from lorafleet.generation.latency import relative_latency
 from lorafleet.lora import LoraBank
@@ -87,7 +88,7 @@ class Worker:
 
     def measure_slot(self, slot: int) -> dict[str, float]:
         """The objectives that need rows, of one slot."""
-        generation = GenerationConfig() if "exact_match" in self.search.objectives else None
+        generation = GenerationConfig() if {*ANSWERS} & set(self.search.objectives) else None
         size = self.run.per_device_eval_batch_size
         found = measure(self.base, self.bank, slot, self.data, self.held_out, batch_size=size, generation=generation)
         return dict(found)
@@ -97,7 +98,7 @@ class Worker:
         costs = {"parameters": float(sum(one.value.numel() for one in self.bank.slot_parameters(member.slot).values()))}
         if "latency" in self.search.objectives:
             costs["latency"] = relative_latency(self.base, self.bank, member.slot)
-        if {*LABELS, "exact_match"} & set(self.search.objectives):
+        if {*LABELS, *ANSWERS} & set(self.search.objectives):
             return self.measure_slot(member.slot) | costs
         assert member.progress.last_eval_loss is not None
         return loss_metrics(member.progress.last_eval_loss) | costs

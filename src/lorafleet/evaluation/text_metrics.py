@@ -1,0 +1,46 @@
+"""How near generated texts come to their references: BLEU and chrF by sacrebleu, ROUGE-L by rouge-score."""
+
+import re
+from collections.abc import Sequence
+
+from sacrebleu.metrics import BLEU, CHRF
+
+# Chinese characters, kana and hangul, which are written without spaces: each is a word of its own.
+_CHARACTER = r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff]"
+_WORD = re.compile(rf"{_CHARACTER}|(?:(?!{_CHARACTER})[^\W_])+")
+
+
+class _Words:
+    """The words that ROUGE compares. rouge-score's own tokenizer drops every letter outside a to z."""
+
+    def tokenize(self, text: str) -> list[str]:
+        """Lower-case words and single CJK characters."""
+        return _WORD.findall(text.lower())
+
+
+def text_scores(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """BLEU (Papineni et al. 2002), chrF (Popović 2015) and ROUGE-L (Lin 2004), each from 0 to 100.
+
+    Args:
+        texts: One generated text for each row.
+        references: What each row's text may be; rows may have different numbers of them.
+
+    Returns:
+        ``bleu`` of the whole corpus, by sacrebleu's defaults (its ``zh`` tokenizer where a reference has CJK
+        characters, else ``13a``); ``chrf`` of the whole corpus; ``rouge_l``, the mean over rows of the best F1.
+    """
+    from rouge_score.rouge_scorer import RougeScorer  # imports nltk: seconds
+
+    most = max(len(several) for several in references)
+    streams = [[several[i] if i < len(several) else None for several in references] for i in range(most)]
+    cjk = any(re.search(_CHARACTER, text) for several in references for text in several)
+    rouge = RougeScorer(["rougeL"], tokenizer=_Words())
+    best = [
+        rouge.score_multi(list(several), text)["rougeL"].fmeasure
+        for text, several in zip(texts, references, strict=True)
+    ]
+    return {
+        "bleu": BLEU(tokenize="zh" if cjk else "13a").corpus_score(texts, streams).score,
+        "chrf": CHRF().corpus_score(texts, streams).score,
+        "rouge_l": 100 * sum(best) / len(best),
+    }
