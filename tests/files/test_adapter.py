@@ -303,9 +303,14 @@ def test_a_saved_module_without_tensors(pefts: Path) -> None:
         load_adapter(pefts)
 
 
+def test_dora_without_its_magnitudes(pefts: Path) -> None:
+    edit(pefts, use_dora=True)
+    with pytest.raises(AdapterError, match=r"missing tensor base_model\.model\..*\.lora_magnitude_vector"):
+        load_adapter(pefts)
+
+
 def test_what_plain_lora_is_not_is_named_together(pefts: Path) -> None:
     asked = {
-        "use_dora": True,
         "lora_bias": True,
         "megatron_config": {"x": 1},
         "trainable_token_indices": [5],

@@ -31,6 +31,7 @@ def test_a_plain_adapter_runs_everywhere() -> None:
         ({"modules_to_save": ["lm_head"]}, "whole modules (lm_head)", "A and B only, not lm_head"),
         ({"bias": "all"}, "biases (bias: all)", "not biases (bias: all)"),
         ({"r": 513}, "rank 513 is above 512", ""),
+        ({"use_dora": True}, "has no DoRA", "not DoRA's magnitudes"),
         ({"r": 257, "init_lora_weights": "pissa"}, "rank 514 is above 512", ""),
         ({"rank_pattern": {"q_proj": 600}, "alpha_pattern": {"q_proj": 1200}}, "rank 600", "knows no alpha_pattern"),
     ],

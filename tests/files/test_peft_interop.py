@@ -45,6 +45,8 @@ SHAPES: dict[str, Any] = {
     "mlp only": {"target_modules": "mlp"},
     "one layer": {"layers_to_transform": [1]},
     "excluded": {"exclude_modules": "attention"},
+    "dora": {"use_dora": True},
+    "dora, patterns, rslora": {"use_dora": True, "rank_pattern": "attention: 3", "use_rslora": True},
 }
 
 

@@ -1,4 +1,6 @@
-"""AdamW over one adapter's tensors, against PyTorch's own and PEFT's groups for LoRA+."""
+"""AdamW over one adapter's tensors, against a plain loop over PEFT's model with its groups for LoRA+."""
+
+from typing import Any
 
 import peft
 import pytest
@@ -17,8 +19,8 @@ from tests.tiny import tiny_model
 RATE = 1e-3
 
 
-@pytest.mark.parametrize("ratio", [1.0, 16.0])
-def test_lora_plus_trains_as_peft_does(ratio: float) -> None:
+@pytest.mark.parametrize(("ratio", "dora"), [(1.0, False), (16.0, False), (1.0, True), (16.0, True)])
+def test_lora_plus_and_dora_train_as_in_peft(ratio: float, dora: bool) -> None:
     rows = make_rows(3, (7, 5, 9, 6))
     training = TrainingConfig(
         learning_rate=RATE,
@@ -30,14 +32,14 @@ def test_lora_plus_trains_as_peft_does(ratio: float) -> None:
         max_steps=6,
     )
     model = tiny_model("llama", torch.float64)
-    bank = inject_lora(model, LoraConfig(r=2, bias="lora_only", target_modules=["q_proj", "down_proj"]), seed=1)
+    ours = LoraConfig(r=2, bias="lora_only", use_dora=dora, target_modules=["q_proj", "down_proj"])
+    bank = inject_lora(model, ours, seed=1)
     start = bank.state_dict(0)
     member = Member("adapter", bank, 0, training, rows)
     Population([member], LossModel(model, bank, 0), bank, RunConfig(output_dir="unused", save_strategy="no")).train()
 
-    config = peft.LoraConfig(
-        r=2, lora_alpha=16, bias="lora_only", target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"
-    )
+    shape: dict[str, Any] = {"r": 2, "lora_alpha": 16, "bias": "lora_only", "use_dora": dora}
+    config = peft.LoraConfig(target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", **shape)
     theirs = peft.get_peft_model(tiny_model("llama", torch.float64), config).double().eval()
     peft.set_peft_model_state_dict(theirs, start)
     optimizer = create_loraplus_optimizer(theirs, torch.optim.AdamW, lr=RATE, loraplus_lr_ratio=ratio)

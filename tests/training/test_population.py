@@ -64,6 +64,7 @@ PLANS = [
     plan(
         9, {"r": 2, "init_lora_weights": "pissa", "lora_dropout": 0.1}, {"loraplus_lr_ratio": 4, "max_grad_norm": 0.5}
     ),
+    plan(10, {"r": 3, "use_dora": True, "target_modules": ["q_proj", "up_proj"]}, {"weight_decay": 0.1}),
 ]
 
 
@@ -275,7 +276,7 @@ def train_queue(
 # Of different lengths, so that slots become free at different steps.
 QUEUED = [
     Plan(p.lora, p.training.model_copy(update={"max_steps": steps}), p.rows)
-    for p, steps in zip(PLANS, (12, 20, 7, 15, 18, 9, 11, 14, 10), strict=True)
+    for p, steps in zip(PLANS, (12, 20, 7, 15, 18, 9, 11, 14, 10, 13), strict=True)
 ]
 
 
@@ -296,7 +297,7 @@ def test_a_refilled_slot_ends_as_if_its_adapter_had_trained_alone(size: int) -> 
 
 def test_the_order_of_the_queue_changes_nothing() -> None:
     waiting = Waiting(QUEUED)
-    waiting.left = [6, 2, 7, 0, 5, 8, 3, 1, 4]
+    waiting.left = [6, 2, 7, 0, 5, 8, 3, 9, 1, 4]
     train_queue(waiting, 3)
     for number in range(len(QUEUED)):
         assert_same(waiting.results[f"m{number}"], by_itself(number), tolerance=1e-10)

@@ -34,6 +34,9 @@ class LoraConfig(Section):
     rank_pattern: dict[str, int] = knob({}, "Rank for modules whose name matches a key, for example {q_proj: 16}.")
     alpha_pattern: dict[str, float] = knob({}, "lora_alpha for modules whose name matches a key.")
     use_rslora: bool = knob(False, "Scale by lora_alpha / sqrt(r), which keeps high ranks stable.")
+    use_dora: bool = knob(
+        False, "Learn the length of each row of W beside its direction (DoRA, arXiv 2402.09353): slower, not for vLLM."
+    )
     bias: Literal["none", "all", "lora_only"] = knob("none", "Which biases to train beside A and B.")
     modules_to_save: list[str] = knob(
         [], "Modules to train whole and save with the adapter, for example lm_head.", names=("additional_target",)

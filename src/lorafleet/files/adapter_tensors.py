@@ -12,6 +12,7 @@ from lorafleet.lora.targets import in_saved, pattern_value
 PREFIX = "base_model.model."
 
 _FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
+_MAGNITUDE = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_magnitude_vector")
 _COPY = re.compile(r"(?P<module>.+)\.(original_module|modules_to_save)\.(?P<parameter>[^.]+)")
 _SHOWN = 20
 
@@ -97,13 +98,21 @@ def _pair_faults(config: LoraConfig, module: str, tensors: Mapping[str, Tensor])
             if len(shape) != 2 or shape[0 if factor == "A" else 1] != rank:
                 wanted = f"({rank}, in)" if factor == "A" else f"(out, {rank})"
                 faults.append(f"{name} has shape {shape}; with rank {rank} it is {wanted}")
+    if config.use_dora:
+        name, out = f"{PREFIX}{module}.lora_magnitude_vector", len(tensors.get(names["B"], ()))
+        if name not in tensors:
+            faults.append(f"missing tensor {name}")
+        elif tensors[name].shape != (out,):
+            faults.append(f"{name} has shape {tuple(tensors[name].shape)}; it is ({out},)")
     return faults
 
 
 def _is_wanted(config: LoraConfig, name: str, modules: list[str]) -> bool:
-    """Whether a tensor that is neither A nor B is a bias or a saved module that the config asks for."""
+    """Whether a tensor that is neither A nor B is a magnitude, bias or saved module that the config asks for."""
     if not name.startswith(PREFIX):
         return False
+    if config.use_dora and (found := _MAGNITUDE.fullmatch(name)):
+        return found["module"] in modules
     path = name.removeprefix(PREFIX)
     if any(in_saved(saved, path) for saved in config.modules_to_save):
         return True

@@ -36,6 +36,8 @@ def _vllm(config: LoraConfig, paths: Sequence[str]) -> list[str]:
     if vllm_rank_flag(config, paths) is None:
         rank = max(rank_and_alpha(config, path)[0] for path in paths) if paths else config.r
         reasons.append(f"its rank {rank} is above {VLLM_RANKS[-1]}, the most that vLLM takes")
+    if config.use_dora:
+        reasons.append("vLLM has no DoRA; merge it instead")
     if config.modules_to_save:
         reasons.append(f"it saves whole modules ({', '.join(config.modules_to_save)}); merge it instead")
     if config.bias != "none":
@@ -52,6 +54,8 @@ def _vllm(config: LoraConfig, paths: Sequence[str]) -> list[str]:
 
 def _llama_cpp(config: LoraConfig, paths: Sequence[str]) -> list[str]:
     reasons = []
+    if config.use_dora:
+        reasons.append("GGUF adapters hold A and B only, not DoRA's magnitudes; merge it instead")
     if config.modules_to_save:
         reasons.append(f"GGUF adapters hold A and B only, not {', '.join(config.modules_to_save)}; merge it instead")
     if config.bias != "none":

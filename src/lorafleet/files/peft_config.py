@@ -19,7 +19,7 @@ _INERT = {
 _READ = {
     *("peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "bias"),
     *("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "use_rslora", "modules_to_save"),
-    "init_lora_weights",
+    *("init_lora_weights", "use_dora"),
 }
 # Starts that leave the base as it is. The others move the base's weights, which the adapter's file cannot undo.
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
@@ -57,7 +57,7 @@ def to_peft(
         "revision": base_revision,
         "target_modules": adapted_modules(tensors),
         "task_type": "CAUSAL_LM",
-        "use_dora": False,
+        "use_dora": config.use_dora,
         "use_rslora": config.use_rslora,
     }
 

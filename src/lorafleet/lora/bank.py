@@ -30,7 +30,7 @@ class SlotParameter(NamedTuple):
     @property
     def value(self) -> Tensor:
         """The slot's values, a view."""
-        data = self.parameter.data
+        data = self.parameter.detach()  # unlike .data it tells the parameter that it was changed
         return data if self.part is None else data[self.part]
 
     @property
@@ -183,6 +183,8 @@ class LoraBank:
         STARTS[config.init_lora_weights](fresh)
         if config.takes_off_start:
             layer.take_off_start(slot)
+        if config.use_dora:
+            layer.learn_magnitude(slot)
 
     def _layer(self, path: str, rank: int) -> LoraLinear:
         """The LoRA layer at a path, made now where there is none."""
@@ -232,6 +234,8 @@ class LoraBank:
                 part = (slot, slice(layer.trained_ranks[slot]))
                 found[f"{path}.lora_A"] = SlotParameter(layer.lora_A, part)
                 found[f"{path}.lora_B"] = SlotParameter(layer.lora_B, part)
+            if layer.lora_magnitude is not None and layer.learns_magnitude[slot]:
+                found[f"{path}.lora_magnitude"] = SlotParameter(layer.lora_magnitude, (slot,))
             if layer.lora_bias is not None and layer.trains_bias[slot]:
                 found[f"{path}.lora_bias"] = SlotParameter(layer.lora_bias, (slot,))
         for path, extra in self.biases.items():
@@ -250,8 +254,10 @@ class LoraBank:
         for path, layer in self.layers.items():
             rank = layer.ranks[slot]
             if rank:
-                found[f"{PREFIX}{path}.lora_A.weight"] = (layer.lora_A.data[slot, :rank], None)
-                found[f"{PREFIX}{path}.lora_B.weight"] = (layer.lora_B.data[slot, :rank].T, None)
+                found[f"{PREFIX}{path}.lora_A.weight"] = (layer.lora_A.detach()[slot, :rank], None)
+                found[f"{PREFIX}{path}.lora_B.weight"] = (layer.lora_B.detach()[slot, :rank].T, None)
+            if layer.lora_magnitude is not None and layer.learns_magnitude[slot]:
+                found[f"{PREFIX}{path}.lora_magnitude_vector"] = (layer.lora_magnitude.detach()[slot], None)
             if layer.lora_bias is not None and layer.trains_bias[slot]:
                 # A layer that this slot does not adapt is no LoRA layer in PEFT's eyes: its bias keeps its own name.
                 name = "base_layer.bias" if rank else "bias"

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lorafleet.errors import AdapterError, ModelError
+from lorafleet.lora.dora import rescale, row_norms
 from lorafleet.lora.functional import lora_linears
 from lorafleet.lora.packed import PackedWeight, pack
 from lorafleet.lora.routing import Router, Segment
@@ -73,6 +74,10 @@ class LoraLinear(nn.Module):
         self.lora_A = nn.Parameter(weight.new_zeros((num_slots, r, self.in_features), dtype=dtype))
         self.lora_B = nn.Parameter(weight.new_zeros((num_slots, r, self.out_features), dtype=dtype))
         self.lora_bias: nn.Parameter | None = None
+        self.lora_magnitude: nn.Parameter | None = None
+        self.learns_magnitude = [False] * num_slots
+        self._weight_squares: Tensor | None = None
+        self._norms: dict[int, tuple[tuple[int, int], Tensor]] = {}
         self.packed: PackedWeight | None = None
         self.shared_input: Callable[[LoraLinear, Tensor], Tensor] | None = None
         self.unmerged: tuple[Tensor, Tensor | None] | None = None
@@ -98,6 +103,7 @@ class LoraLinear(nn.Module):
         slots, rank = max(num_slots, old_slots), max(r, old_r)
         if (slots, rank) == (old_slots, old_r):
             return
+        self._norms.clear()
         new_A = self.lora_A.new_zeros((slots, rank, self.in_features))
         new_B = self.lora_B.new_zeros((slots, rank, self.out_features))
         new_A[:old_slots, :old_r], new_B[:old_slots, :old_r] = self.lora_A.data, self.lora_B.data
@@ -106,25 +112,30 @@ class LoraLinear(nn.Module):
             new_bias = self.lora_bias.new_zeros((slots, self.out_features))
             new_bias[:old_slots] = self.lora_bias.data
             self.lora_bias = nn.Parameter(new_bias)
+        if self.lora_magnitude is not None:
+            new_magnitude = self.lora_magnitude.new_zeros((slots, self.out_features))
+            new_magnitude[:old_slots] = self.lora_magnitude.data
+            self.lora_magnitude = nn.Parameter(new_magnitude)
         missing = slots - old_slots
         self.ranks += [0] * missing
         self.trained_ranks += [0] * missing
         self.scalings += [0.0] * missing
         self.dropouts += [0.0] * missing
         self.trains_bias += [False] * missing
+        self.learns_magnitude += [False] * missing
 
     def fill(self, slot: int, rank: int, scaling: float, dropout: float) -> tuple[Tensor, Tensor]:
         """Give a slot its rank, scale and dropout; return its A ``(r, in)`` and Bᵀ ``(r, out)``, to be started."""
         self.ranks[slot] = self.trained_ranks[slot] = rank
         self.scalings[slot], self.dropouts[slot] = scaling, dropout
-        return self.lora_A.data[slot, :rank], self.lora_B.data[slot, :rank]
+        return self.lora_A.detach()[slot, :rank], self.lora_B.detach()[slot, :rank]
 
     def take_off_start(self, slot: int) -> None:
         """Take the slot's ``B₀·A₀`` of now off its product, as rows behind the trained ones that nothing changes."""
         rank = self.trained_ranks[slot]
         self.ranks[slot] = 2 * rank
-        self.lora_A.data[slot, rank : 2 * rank] = self.lora_A.data[slot, :rank]
-        self.lora_B.data[slot, rank : 2 * rank] = -self.lora_B.data[slot, :rank]
+        lora_A, lora_B = self.lora_A.detach()[slot], self.lora_B.detach()[slot]
+        lora_A[rank : 2 * rank], lora_B[rank : 2 * rank] = lora_A[:rank], -lora_B[:rank]
 
     def train_bias(self, slot: int) -> None:
         """Let a slot change the bias, if there is one: a row of a parameter ``(K, out)``, zero at the start."""
@@ -134,21 +145,79 @@ class LoraLinear(nn.Module):
             self.lora_bias = nn.Parameter(self.lora_B.new_zeros((len(self.ranks), self.out_features)))
         self.trains_bias[slot] = True
 
+    def learn_magnitude(self, slot: int) -> None:
+        """Give a slot the lengths of its weight's rows as they are: a row of a parameter ``(K, out)``."""
+        if self.lora_magnitude is None:
+            self.lora_magnitude = nn.Parameter(self.lora_B.new_zeros((len(self.ranks), self.out_features)))
+        self.learns_magnitude[slot] = True
+        self.lora_magnitude.detach()[slot] = self.norms(slot)
+
+    def norms(self, slot: int) -> Tensor:
+        """``‖W0 + scaling·B·A‖`` of each row, ``(out,)``; kept for calls without gradients until A or B changes."""
+        state = (self.lora_A._version, self.lora_B._version)
+        known = self._norms.pop(slot, None)
+        # A pass with gradients comes before an optimizer's step, and fused ones do not count as a change of version.
+        if known is None or known[0] != state or torch.is_grad_enabled():
+            known = state, self._row_norms(slot)
+        if not torch.is_grad_enabled():
+            self._norms[slot] = known
+        return known[1]
+
+    @torch.no_grad()
+    def _row_norms(self, slot: int) -> Tensor:
+        rank = self.ranks[slot]
+        if self._weight_squares is None:
+            self._weight_squares = self.oriented_weight.to(self.lora_A.dtype).square().sum(1)
+        low_A, low_B = self.lora_A[slot, :rank], self.lora_B[slot, :rank]
+        return row_norms(self._weight_squares, self._base_product, low_A, low_B, self.scalings[slot])
+
+    def _base_product(self, x: Tensor) -> Tensor:
+        """``x·W0ᵀ`` in the weight's precision."""
+        weight, packed = self.oriented_weight, self._usable_packed()
+        return packed.linear(x, None) if packed else x.to(weight.dtype) @ weight.T
+
+    def _usable_packed(self) -> PackedWeight | None:
+        """None in a model that was moved or converted after packing: it answers in its new precision and place."""
+        return self.packed if self.weight.dtype == torch.float32 and self.weight.device.type == "cpu" else None
+
     def clear(self, slot: int) -> None:
         """Empty a slot: rank 0 and nothing but zeros."""
         self.ranks[slot], self.scalings[slot], self.dropouts[slot], self.trains_bias[slot] = 0, 0.0, 0.0, False
-        self.trained_ranks[slot] = 0
+        self.trained_ranks[slot], self.learns_magnitude[slot] = 0, False
+        self._norms.pop(slot, None)
         with torch.no_grad():
-            for parameter in (self.lora_A, self.lora_B, self.lora_bias):
+            for parameter in (self.lora_A, self.lora_B, self.lora_bias, self.lora_magnitude):
                 if parameter is not None:
                     parameter[slot].zero_()
                     if parameter.grad is not None:
                         parameter.grad[slot].zero_()
 
     def delta(self, slot: int) -> Tensor:
-        """``scaling · B·A`` of one slot, ``(out, in)`` in the adapter's precision."""
+        """What one slot adds to the weight, ``(out, in)`` in the adapter's precision."""
         rank = self.ranks[slot]
-        return self.scalings[slot] * (self.lora_B.data[slot, :rank].T @ self.lora_A.data[slot, :rank])
+        delta = self.scalings[slot] * (self.lora_B.data[slot, :rank].T @ self.lora_A.data[slot, :rank])
+        if not self.learns_magnitude[slot]:
+            return delta
+        weight = self.oriented_weight.detach().to(delta.dtype)
+        return delta + (self.factor(slot).detach()[:, None] - 1) * (weight + delta)
+
+    def factor(self, slot: int) -> Tensor:
+        """By how much the slot stretches each row of its weight, ``(out,)`` (DoRA)."""
+        assert self.lora_magnitude is not None
+        return self.lora_magnitude[slot] / self.norms(slot)
+
+    def stretch(self, y: Tensor, segments: Sequence[LoraSegment]) -> Tensor:
+        """Give the rows ``y (tokens, out)`` of slots that learn magnitudes the lengths they have learned."""
+        slots = {s.slot for s in segments if self.learns_magnitude[s.slot]}
+        if not slots:
+            return y
+        biases = {slot: self._bias(slot) for slot in slots}
+        return rescale(y, segments, {slot: self.factor(slot) for slot in slots}, biases)
+
+    def _bias(self, slot: int) -> Tensor | None:
+        if self.bias is None or self.lora_bias is None or not self.trains_bias[slot]:
+            return self.bias
+        return self.bias + self.lora_bias[slot]
 
     def pack(self) -> None:
         """Lay the frozen weight out for faster products, where that is possible; results change by rounding only."""
@@ -197,9 +266,7 @@ class LoraLinear(nn.Module):
 
     def tensors(self, segments: Sequence[Segment], lower: torch.dtype | None) -> LinearTensors:
         """What a product of this layer takes, the base's part in ``lower`` precision under autocast."""
-        weight, bias = self.oriented_weight, self.bias
-        # A model that was moved or converted after packing answers in its new precision and place.
-        packed = self.packed if weight.dtype == torch.float32 and weight.device.type == "cpu" else None
+        weight, bias, packed = self.oriented_weight, self.bias, self._usable_packed()
         if lower is not None:
             weight, bias, packed = weight.to(lower), None if bias is None else bias.to(lower), None
         own = [self._segment(s) for s in segments]
@@ -231,5 +298,8 @@ def outputs(layers: Sequence[LoraLinear], x: Tensor) -> list[Tensor]:
     device = x.device.type
     lower = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     flat = x.reshape(tokens, features) if lower is None else x.reshape(tokens, features).to(lower)
-    found = lora_linears(flat, [layer.tensors(segments, lower) for layer in layers])
+    parts = [layer.tensors(segments, lower) for layer in layers]
+    found = [
+        layer.stretch(y, part.segments) for layer, y, part in zip(layers, lora_linears(flat, parts), parts, strict=True)
+    ]
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in found]
