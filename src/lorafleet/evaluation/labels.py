@@ -16,7 +16,7 @@ from lorafleet.errors import DataError, ModelError
 from lorafleet.evaluation.label_search import LabelSearch, LabelTrie, build_trie
 from lorafleet.generation.decode import route_rows
 from lorafleet.generation.pace import Pace
-from lorafleet.lora import LoraBank
+from lorafleet.lora import Slots
 from lorafleet.models.load import Base
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class LabelChoice:
 
 def choose_labels(
     base: Base,
-    bank: LoraBank | None,
+    bank: Slots | None,
     slot: int,
     prompts: Sequence[Sequence[int]],
     labels: Sequence[Sequence[int]],
@@ -84,7 +84,7 @@ def choose_labels(
 
 def label_log_probs(
     base: Base,
-    bank: LoraBank | None,
+    bank: Slots | None,
     slot: int,
     prompts: Sequence[Sequence[int]],
     labels: Sequence[Sequence[int]],
@@ -119,7 +119,7 @@ class TreeScorer:
     column for each opened node. A node sees its prompt, its ancestors and itself, by a mask of our own.
     """
 
-    def __init__(self, base: Base, bank: LoraBank | None, slot: int, prompts: Sequence[Sequence[int]], trie: LabelTrie):
+    def __init__(self, base: Base, bank: Slots | None, slot: int, prompts: Sequence[Sequence[int]], trie: LabelTrie):
         self.base, self.bank, self.slot, self.trie = base, bank, slot, trie
         parameters = signature(base.model.forward).parameters
         self._cache_name = "cache" if "cache" in parameters else "past_key_values"  # renamed in transformers 5
@@ -227,7 +227,7 @@ class TreeScorer:
 
 def _checked_scorer(
     base: Base,
-    bank: LoraBank | None,
+    bank: Slots | None,
     slot: int,
     prompts: Sequence[Sequence[int]],
     trie: LabelTrie,

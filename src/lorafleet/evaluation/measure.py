@@ -14,7 +14,7 @@ from lorafleet.evaluation.metrics import is_right, label_scores
 from lorafleet.evaluation.text_metrics import text_scores
 from lorafleet.evaluation.token_loss import LossModel, mean_losses
 from lorafleet.generation import answer_text, generate_ids
-from lorafleet.lora import LoraBank
+from lorafleet.lora import Slots
 from lorafleet.models.load import Base
 
 logger = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 def measure(
     base: Base,
-    bank: LoraBank | None,
+    bank: Slots | None,
     slot: int,
     data: Data,
     rows: Sequence[TokenRow],
@@ -87,7 +87,7 @@ def references_of(row: TokenRow) -> list[str]:
 
 def _label_metrics(
     base: Base,
-    bank: LoraBank | None,
+    bank: Slots | None,
     slot: int,
     data: Data,
     rows: Sequence[TokenRow],
@@ -107,7 +107,7 @@ def _label_metrics(
 
 def _answer_metrics(
     base: Base,
-    bank: LoraBank | None,
+    bank: Slots | None,
     slot: int,
     data: Data,
     rows: Sequence[TokenRow],

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from lorafleet.data.batches import FlatBatch, Part, TrainRow, collate
 from lorafleet.generation.pace import Pace
-from lorafleet.lora import LoraBank, Routing
+from lorafleet.lora import Routing, Slots
 from lorafleet.lora.layer import mix_key
 from lorafleet.lora.packed import PackedWeight, pack
 from lorafleet.models.attention import FlatLayout, flat_inputs, use_flat_attention
@@ -100,7 +100,7 @@ class LossModel:
         pad_id: Id that fills padded batches.
     """
 
-    def __init__(self, model: PreTrainedModel, bank: LoraBank | None, pad_id: int) -> None:
+    def __init__(self, model: PreTrainedModel, bank: Slots | None, pad_id: int) -> None:
         self.model, self.bank, self.pad_id = model, bank, pad_id
         self.device = next(model.parameters()).device
         with torch.no_grad(), bank.disabled() if bank else nullcontext():
@@ -109,11 +109,12 @@ class LossModel:
         self._packed_head: PackedWeight | None = None
 
     def speed_up(self) -> None:
-        """Prepare bank and output head for many steps (see ``LoraBank.speed_up``)."""
+        """Prepare bank and output head for many steps (see ``Slots.speed_up``)."""
         if self.bank is not None:
             self.bank.speed_up(lambda: self.model(input_ids=self._few_ids(), use_cache=False))
         head = self.model.get_output_embeddings()
-        if isinstance(head, nn.Linear):
+        trains = self.bank is not None and head is not None and head.weight.requires_grad
+        if isinstance(head, nn.Linear) and not trains:
             self._packed_head = pack(head.weight)
 
     def _plain_decoder(self) -> Callable[..., Any] | None:

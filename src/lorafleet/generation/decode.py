@@ -15,13 +15,13 @@ from lorafleet.generation.pace import Pace
 from lorafleet.generation.sampling import processors, sampling_keys
 from lorafleet.generation.stops import stop_ids
 from lorafleet.generation.streaming import TextPieces
-from lorafleet.lora import BASE_ONLY, LoraBank, Routing
+from lorafleet.lora import BASE_ONLY, Routing, Slots
 from lorafleet.models.load import Base
 
 
 def generate_ids(
     base: Base,
-    bank: LoraBank | None,
+    bank: Slots | None,
     prompts: Sequence[Sequence[int]],
     slots: Sequence[int],
     config: GenerationConfig,
@@ -87,7 +87,7 @@ def pad_left(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> t
     return ids, mask
 
 
-def route_rows(bank: LoraBank | None, slots: Sequence[int]) -> AbstractContextManager[None]:
+def route_rows(bank: Slots | None, slots: Sequence[int]) -> AbstractContextManager[None]:
     """Send each row of a ``(rows, time)`` batch to its slot, in every forward within the ``with`` block."""
     if bank is None:
         return nullcontext()
@@ -97,7 +97,7 @@ def route_rows(bank: LoraBank | None, slots: Sequence[int]) -> AbstractContextMa
 
 def _check(
     model: PreTrainedModel,
-    bank: LoraBank | None,
+    bank: Slots | None,
     prompts: Sequence[Sequence[int]],
     slots: Sequence[int],
     config: GenerationConfig,

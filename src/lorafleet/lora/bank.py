@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,29 +15,11 @@ from lorafleet.lora.packed import mapped_files, page_out
 from lorafleet.lora.routing import Router, Routing
 from lorafleet.lora.saved import SlotBias, SlotModule
 from lorafleet.lora.shared_input import share_inputs
+from lorafleet.lora.slots import SlotParameter
 from lorafleet.lora.targets import find_saved, find_targets, pattern_value
 
 PREFIX = "base_model.model."
 """What PEFT puts before a module's path in an adapter's file."""
-
-
-class SlotParameter(NamedTuple):
-    """The part of a parameter that belongs to one slot; ``part`` is none where the whole parameter does."""
-
-    parameter: nn.Parameter
-    part: tuple[int, slice] | tuple[int] | None
-
-    @property
-    def value(self) -> Tensor:
-        """The slot's values, a view."""
-        data = self.parameter.detach()  # unlike .data it tells the parameter that it was changed
-        return data if self.part is None else data[self.part]
-
-    @property
-    def grad(self) -> Tensor | None:
-        """The slot's gradient, a view; none before the first backward pass."""
-        grad = self.parameter.grad
-        return grad if grad is None or self.part is None else grad[self.part]
 
 
 class LoraBank:

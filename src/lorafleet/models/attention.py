@@ -83,7 +83,7 @@ def flat_attention(
         value: ``(1, kv_heads, tokens, dim)``.
         attention_mask: Not used with a layout.
         scaling: Factor of the scores; 1/sqrt(dim) when not given.
-        dropout: Of the scores; must be 0 with a layout.
+        dropout: Of the scores.
         sliding_window: Tokens that a position sees, itself included.
         is_causal: The module's own setting when not given.
         flat_layout: Lengths of the sequences.
@@ -93,7 +93,7 @@ def flat_attention(
         ``(1, tokens, heads, dim)`` and no weights.
 
     Raises:
-        UnsupportedAttention: The model needs score caps, sinks, biases, dropout or attention both ways.
+        UnsupportedAttention: The model needs score caps, sinks, biases or attention both ways.
     """
     if flat_layout is None:
         passed = kwargs | {"sliding_window": sliding_window}
@@ -102,22 +102,29 @@ def flat_attention(
         )
     foreign = sorted(name for name, given in kwargs.items() if given is not None and name not in _IGNORED)
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    if foreign or dropout or not causal:
-        raise UnsupportedAttention(f"needs {', '.join(foreign) or ('dropout' if dropout else 'non-causal attention')}")
+    if foreign or not causal:
+        raise UnsupportedAttention(f"needs {', '.join(foreign) or 'non-causal attention'}")
     shared = flat_layout.shared
     if shared is None:
-        return _attend(query, key, value, scaling, sliding_window, flat_layout), None
+        return _attend(query, key, value, scaling, sliding_window, flat_layout, dropout), None
     q, k, v = (shared.expand(t[0].transpose(0, 1)).transpose(0, 1)[None] for t in (query, key, value))
-    return shared.compact(_attend(q, k, v, scaling, sliding_window, flat_layout)[0])[None], None
+    return shared.compact(_attend(q, k, v, scaling, sliding_window, flat_layout, dropout)[0])[None], None
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, sliding_window: int | None, layout: FlatLayout
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    sliding_window: int | None,
+    layout: FlatLayout,
+    dropout: float,
 ) -> Tensor:
     """Attention within each sequence, ``(1, tokens, heads, dim)``, by the fastest kernel that fits."""
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and varlen_kernel() is not None:
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    if dropout == 0 and query.is_cuda and half and varlen_kernel() is not None:
         return _varlen(query, key, value, scaling, sliding_window, layout)
-    if _is_short(query, key, value, layout, sliding_window):
+    if dropout == 0 and _is_short(query, key, value, layout, sliding_window):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return short_attention(query, key, value, scale, layout.runs).transpose(1, 2)
     gqa = query.shape[1] != key.shape[1]
@@ -127,7 +134,7 @@ def _attend(
         window = sliding_window is not None and sliding_window < length
         mask = _band(length, sliding_window, q.device) if window and sliding_window else None
         out = scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=gqa
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling, enable_gqa=gqa
         )
         parts.append(out.transpose(1, 2).reshape(count * length, *out.shape[1::2]))
     return (parts[0] if len(parts) == 1 else torch.cat(parts))[None]

@@ -10,7 +10,7 @@ from lorafleet.config.training import RunConfig, ValidationConfig
 from lorafleet.data.batches import collate
 from lorafleet.errors import Interrupted, TrainingError
 from lorafleet.evaluation.token_loss import LossModel, mean_losses
-from lorafleet.lora import LoraBank
+from lorafleet.lora import Slots
 from lorafleet.models.machine import is_out_of_memory
 from lorafleet.training.events import Evaluated, Event, Failed, Finished, Observer, Pruned, StepDone
 from lorafleet.training.member import Member, Window, clip_gradients
@@ -42,7 +42,7 @@ class Population:
         self,
         members: Sequence[Member],
         loss_model: LossModel,
-        bank: LoraBank,
+        bank: Slots,
         run: RunConfig,
         *,
         validation: ValidationConfig = NO_VALIDATION,

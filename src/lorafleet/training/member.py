@@ -11,7 +11,7 @@ from torch import Tensor
 from lorafleet.config.training import TrainingConfig
 from lorafleet.data.batches import Part, Schedule, TrainRow, count_targets
 from lorafleet.errors import CheckpointError, TrainingError
-from lorafleet.lora import LoraBank
+from lorafleet.lora import Slots
 from lorafleet.lora.layer import mix_key
 from lorafleet.training.optimizer import AdamW
 from lorafleet.training.schedule import learning_rate
@@ -68,7 +68,7 @@ class Member:
     def __init__(
         self,
         name: str,
-        bank: LoraBank,
+        bank: Slots,
         slot: int,
         config: TrainingConfig,
         rows: Sequence[TrainRow],

@@ -1,0 +1,62 @@
+"""What the training loop, evaluation and generation ask of whatever is trained on a model: an adapter, or all of it."""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+from lorafleet.lora.routing import Routing
+
+
+class SlotParameter(NamedTuple):
+    """The part of a parameter that belongs to one slot; ``part`` is none where the whole parameter does."""
+
+    parameter: nn.Parameter
+    part: tuple[int, slice] | tuple[int] | None
+
+    @property
+    def value(self) -> Tensor:
+        """The slot's values, a view."""
+        data = self.parameter.detach()  # unlike .data it tells the parameter that it was changed
+        return data if self.part is None else data[self.part]
+
+    @property
+    def grad(self) -> Tensor | None:
+        """The slot's gradient, a view; none before the first backward pass."""
+        grad = self.parameter.grad
+        return grad if grad is None or self.part is None else grad[self.part]
+
+
+class Slots(Protocol):
+    """Slots of one model and what each of them trains. :class:`LoraBank` is one; so is every other method."""
+
+    def slot_parameters(self, slot: int) -> dict[str, SlotParameter]:
+        """What training may change for this slot, by a stable name."""
+
+    def state_dict(self, slot: int) -> dict[str, Tensor]:
+        """Copies of what has to be kept of this slot."""
+
+    def load_state_dict(self, slot: int, tensors: Mapping[str, Tensor]) -> None:
+        """Fill the slot with what ``state_dict`` gave."""
+
+    def clear_gradients(self) -> None:
+        """Forget the gradients of all slots."""
+
+    def route(self, routing: Routing) -> AbstractContextManager[None]:
+        """Put a routing in force within a ``with`` block."""
+
+    def disabled(self) -> AbstractContextManager[None]:
+        """Within a ``with`` block the model answers as the bare base."""
+
+    def train(self) -> None:
+        """Turn dropout on."""
+
+    def eval(self) -> None:
+        """Turn dropout off."""
+
+    def drops(self, slot: int) -> bool:
+        """Whether the slot drops anything now."""
+
+    def speed_up(self, run: Callable[[], object]) -> None:
+        """Prepare for many steps; ``run`` runs the model once on a few tokens."""
