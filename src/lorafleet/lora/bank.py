@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from lorafleet.config.lora import LoraConfig
-from lorafleet.errors import AdapterError, RoutingError, did_you_mean, raise_all
+from lorafleet.errors import AdapterError, RoutingError, raise_all
 from lorafleet.lora.init import STARTS, Fresh, generator_for, path_key
 from lorafleet.lora.layer import LoraLinear
 from lorafleet.lora.packed import mapped_files, page_out
 from lorafleet.lora.routing import Router, Routing
 from lorafleet.lora.saved import SlotBias, SlotModule
 from lorafleet.lora.shared_input import share_inputs
-from lorafleet.lora.slots import SlotParameter
+from lorafleet.lora.slots import SlotParameter, shape_faults
 from lorafleet.lora.targets import find_saved, find_targets, pattern_value
 
 PREFIX = "base_model.model."
@@ -267,12 +267,7 @@ class LoraBank:
             AdapterError: Tensors are missing, surplus or of the wrong shape; the message lists all of them.
         """
         views = self._file_tensors(slot)
-        faults = [f"missing {name} {tuple(views[name][0].shape)}" for name in views if name not in tensors]
-        for name, tensor in tensors.items():
-            if name not in views:
-                faults.append(f"surplus {name} {tuple(tensor.shape)}{did_you_mean(name, views)}")
-            elif tensor.shape != views[name][0].shape:
-                faults.append(f"{name} is {tuple(tensor.shape)}, the model needs {tuple(views[name][0].shape)}")
+        faults = shape_faults({name: view for name, (view, _) in views.items()}, tensors)
         raise_all(AdapterError, faults, "the adapter does not fit this model")
         for name, (view, base) in views.items():
             value = tensors[name].to(device=view.device, dtype=view.dtype)

@@ -6,6 +6,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from lorafleet.errors import did_you_mean
 from lorafleet.lora.routing import Routing
 
 
@@ -60,3 +61,14 @@ class Slots(Protocol):
 
     def speed_up(self, run: Callable[[], object]) -> None:
         """Prepare for many steps; ``run`` runs the model once on a few tokens."""
+
+
+def shape_faults(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
+    """Every tensor that is missing, surplus or of the wrong shape, with the nearest name for a surplus one."""
+    faults = [f"missing {name} {tuple(tensor.shape)}" for name, tensor in wanted.items() if name not in tensors]
+    for name, tensor in tensors.items():
+        if name not in wanted:
+            faults.append(f"surplus {name} {tuple(tensor.shape)}{did_you_mean(name, wanted)}")
+        elif tensor.shape != wanted[name].shape:
+            faults.append(f"{name} is {tuple(tensor.shape)}, the model needs {tuple(wanted[name].shape)}")
+    return faults

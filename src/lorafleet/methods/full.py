@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from lorafleet.errors import AdapterError, ModelError, RoutingError, did_you_mean, raise_all
+from lorafleet.errors import AdapterError, ModelError, RoutingError, raise_all
 from lorafleet.lora import Routing, SlotParameter
 from lorafleet.lora.layer import mix_key
+from lorafleet.lora.slots import shape_faults
 
 
 class FullModel:
@@ -51,13 +52,7 @@ class FullModel:
             AdapterError: Tensors are missing, surplus or of the wrong shape; the message lists all of them.
         """
         parameters = self.slot_parameters(slot)
-        faults = [f"missing {name}" for name in parameters if name not in tensors]
-        for name, tensor in tensors.items():
-            if name not in parameters:
-                faults.append(f"surplus {name}{did_you_mean(name, parameters)}")
-            elif tensor.shape != parameters[name].value.shape:
-                shapes = tuple(tensor.shape), tuple(parameters[name].value.shape)
-                faults.append(f"{name} is {shapes[0]}, the model needs {shapes[1]}")
+        faults = shape_faults({name: one.value for name, one in parameters.items()}, tensors)
         raise_all(AdapterError, faults, "the weights do not fit this model")
         for name, one in parameters.items():
             one.value.copy_(tensors[name])
