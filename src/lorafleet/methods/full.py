@@ -3,14 +3,13 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lorafleet.errors import AdapterError, ModelError, RoutingError, raise_all
 from lorafleet.lora import Routing, SlotParameter
-from lorafleet.lora.layer import mix_key
 from lorafleet.lora.slots import shape_faults
+from lorafleet.methods.dropout import seeded_by
 
 
 class FullModel:
@@ -70,12 +69,7 @@ class FullModel:
         """
         for slot in set(routing.slots):
             _check_slot(slot)
-        if not self.drops(0) or routing.dropout_keys is None:
-            yield
-            return
-        device = next(self.model.parameters()).device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(_mixed(routing.dropout_keys))
+        with seeded_by(routing, self.model.device):
             yield
 
     @contextmanager
@@ -113,10 +107,3 @@ def dropout_keys(config: PreTrainedConfig) -> list[str]:
 def _check_slot(slot: int) -> None:
     if slot != 0:
         raise RoutingError(f"full fine-tuning has slot 0 alone, not {slot}; measure the base before it trains")
-
-
-def _mixed(keys: tuple[int, ...]) -> int:
-    mixed = 0
-    for key in keys:
-        mixed = mix_key(mixed, key)
-    return mixed

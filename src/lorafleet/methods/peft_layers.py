@@ -1,0 +1,119 @@
+"""PEFT's methods that change layers in place (IA³, VeRA, OFT, LoHa, …), as slot 0 on a frozen base."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lorafleet.errors import AdapterError, ConfigError, RoutingError, raise_all
+from lorafleet.lora import BASE_ONLY, Routing, SlotParameter
+from lorafleet.lora.slots import shape_faults
+from lorafleet.methods.dropout import seeded_by
+from lorafleet.methods.peft_options import prepends
+
+
+class PeftLayers:
+    """One PEFT adapter on a model; the model itself is the same object as before and computes with it.
+
+    Args:
+        model: Changed in place by PEFT; its own weights stop requiring gradients.
+        config: Of :func:`~lorafleet.methods.peft_options.peft_config`; not one that puts tokens before the rows.
+        seed: What the adapter starts from.
+
+    Raises:
+        ConfigError: PEFT cannot put this method on this model.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: PeftConfig, seed: int = 0) -> None:
+        assert not prepends(config)
+        self.model = model.requires_grad_(False)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            try:
+                self.peft: PeftModel = get_peft_model(model, config)
+            except (ValueError, TypeError, NotImplementedError) as error:
+                raise ConfigError(
+                    f"{config.peft_type} does not fit {type(model).__name__}: {error}; name layers it can take with "
+                    "target_modules"
+                ) from error
+        self.tuners = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+        self.eval()
+
+    def slot_parameters(self, slot: int) -> dict[str, SlotParameter]:
+        """Every parameter that PEFT trains, by its name."""
+        if slot != 0:
+            raise AdapterError(f"a PEFT adapter has slot 0 alone, not {slot}")
+        return {n: SlotParameter(p, None) for n, p in self.peft.named_parameters() if p.requires_grad}
+
+    def state_dict(self, slot: int) -> dict[str, Tensor]:
+        """Copies of the adapter's tensors, under the names of PEFT's files."""
+        state: dict[str, Tensor] = get_peft_model_state_dict(self.peft, save_embedding_layers=False)
+        return {name: tensor.detach().clone() for name, tensor in state.items()}
+
+    def load_state_dict(self, slot: int, tensors: Mapping[str, Tensor]) -> None:
+        """Put an adapter's tensors in.
+
+        Raises:
+            AdapterError: Tensors are missing, surplus or of the wrong shape; the message lists all of them.
+        """
+        raise_all(AdapterError, shape_faults(self.state_dict(slot), tensors), "the adapter does not fit this model")
+        set_peft_model_state_dict(self.peft, dict(tensors))
+
+    def clear_gradients(self) -> None:
+        """Forget all gradients."""
+        self.peft.zero_grad(set_to_none=True)
+
+    @contextmanager
+    def route(self, routing: Routing) -> Iterator[None]:
+        """Let all tokens go through the adapter, or none; its dropout follows from the routing's key.
+
+        Raises:
+            RoutingError: Slots are mixed in one batch, or there is no such slot.
+        """
+        slots = set(routing.slots)
+        if slots not in ({0}, {BASE_ONLY}):
+            raise RoutingError(f"a PEFT adapter takes a batch of slot 0 or of the base, not of {sorted(slots)}")
+        if slots == {BASE_ONLY}:
+            with self.disabled():
+                yield
+        else:
+            with seeded_by(routing, self.model.device):
+                yield
+
+    def disabled(self) -> AbstractContextManager[None]:
+        """Within a ``with`` block the model answers as the bare base."""
+        found: AbstractContextManager[None] = self.peft.disable_adapter()
+        return found
+
+    def train(self, mode: bool = True) -> None:
+        """Turn the adapter's dropout on or off; the base stays in ``eval()``."""
+        self.model.eval()
+        for tuner in self.tuners:
+            for name in tuner.adapter_layer_names:
+                part = getattr(tuner, name, None)
+                if isinstance(part, nn.Module):
+                    part.train(mode)
+            tuner.training = mode
+            for dropout in _dropouts(tuner):
+                dropout.train(mode)
+
+    def eval(self) -> None:
+        """Turn the adapter's dropout off."""
+        self.train(False)
+
+    def drops(self, slot: int) -> bool:
+        """Whether the adapter drops anything now."""
+        return slot == 0 and any(d.training and d.p > 0 for tuner in self.tuners for d in _dropouts(tuner))
+
+    def speed_up(self, run: Callable[[], object]) -> None:
+        """Nothing: the layers are PEFT's."""
+
+
+def _dropouts(tuner: BaseTunerLayer) -> list[nn.Dropout]:
+    """The dropouts of a tuner's own, those inside the layer that it wraps left out."""
+    inside = {id(module) for module in tuner.get_base_layer().modules()}
+    return [m for m in tuner.modules() if isinstance(m, nn.Dropout) and id(m) not in inside]
