@@ -126,19 +126,24 @@ def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
             if chosen and not any(re.match(rf"(.*\.)?({pattern})$", path) for path in chosen):
                 faults.append(f"{knob}: {pattern!r} matches no adapted layer{did_you_mean(pattern, suffixes)}")
     if config.takes_off_start:
-        faults += [
-            fault for path, layer in candidates.items() if path in chosen and (fault := _start(config, path, layer))
-        ]
+        faults += _start_faults(config, {path: layer for path, layer in candidates.items() if path in chosen})
     raise_all(ConfigError, faults, "the adapter does not fit the model")
     return {path: module for path, module in candidates.items() if path in chosen}
 
 
-def _start(config: LoraConfig, path: str, layer: nn.Module) -> str | None:
-    """Why this layer's W0 has no start of the rank that is asked for; none where it has."""
-    rank, largest = int(pattern_value(config.rank_pattern, path, config.r)), min(cast(Tensor, layer.weight).shape)
-    if rank <= largest:
-        return None
-    return f"init_lora_weights = {config.init_lora_weights} needs a rank of at most {largest} for {path}, not {rank}"
+def _start_faults(config: LoraConfig, layers: Mapping[str, nn.Module]) -> list[str]:
+    """Why W0 has no start of the rank that is asked for: one fault for each rank, with its smallest layer."""
+    small: dict[int, list[tuple[int, str]]] = {}
+    for path, layer in layers.items():
+        rank, largest = int(pattern_value(config.rank_pattern, path, config.r)), min(cast(Tensor, layer.weight).shape)
+        if rank > largest:
+            small.setdefault(rank, []).append((largest, path))
+    start = config.init_lora_weights
+    return [
+        f"init_lora_weights = {start} needs a rank of at most {min(found)[0]} for {min(found)[1]}, not {rank}; "
+        f"{len(found)} layers are smaller than that rank"
+        for rank, found in small.items()
+    ]
 
 
 def without_absent(model: nn.Module, config: LoraConfig) -> LoraConfig:
