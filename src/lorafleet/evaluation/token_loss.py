@@ -104,8 +104,9 @@ class LossModel:
         self.model, self.bank, self.pad_id = model, bank, pad_id
         self.device = next(model.parameters()).device
         with torch.no_grad(), bank.disabled() if bank else nullcontext():
-            self.flat = use_flat_attention(model)
-            self.decoder = self._plain_decoder()
+            own = bank is not None and bank.padded_logits is not None
+            self.flat = not own and use_flat_attention(model)
+            self.decoder = None if own else self._plain_decoder()
         self._packed_head: PackedWeight | None = None
 
     def speed_up(self) -> None:
@@ -173,7 +174,11 @@ class LossModel:
     def _model_logits(self, inputs: dict[str, Any], positions: Tensor) -> Tensor:
         if self.flat and self.bank is None:
             return cast(Tensor, self.model(**inputs, logits_to_keep=positions).logits)[0]
-        return cast(Tensor, self.model(**inputs).logits).flatten(0, 1).index_select(0, positions)
+        if self.bank is not None and self.bank.padded_logits is not None:
+            logits = self.bank.padded_logits(inputs["input_ids"], inputs["attention_mask"])
+        else:
+            logits = self.model(**inputs).logits
+        return logits.flatten(0, 1).index_select(0, positions)
 
     def _route(self, routing: Routing) -> AbstractContextManager[None]:
         return self.bank.route(routing) if self.bank else nullcontext()

@@ -29,6 +29,8 @@ class LoraBank:
     and stop requiring gradients.
     """
 
+    padded_logits = None
+
     def __init__(self, model: nn.Module, num_slots: int) -> None:
         self.model = model
         self.router = Router()

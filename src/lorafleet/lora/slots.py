@@ -32,6 +32,10 @@ class SlotParameter(NamedTuple):
 class Slots(Protocol):
     """Slots of one model and what each of them trains. :class:`LoraBank` is one; so is every other method."""
 
+    @property
+    def padded_logits(self) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """Logits ``(rows, time, vocabulary)`` of right-padded ids and their mask; none where the model gives them."""
+
     def slot_parameters(self, slot: int) -> dict[str, SlotParameter]:
         """What training may change for this slot, by a stable name."""
 

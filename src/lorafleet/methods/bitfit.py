@@ -24,6 +24,8 @@ class BiasSlots:
         ModelError: It has no biases, as Llama and most models after it.
     """
 
+    padded_logits = None
+
     def __init__(self, model: PreTrainedModel, num_slots: int = 1) -> None:
         owners = {p: m for p, m in model.named_modules() if isinstance(getattr(m, "bias", None), nn.Parameter)}
         if not owners:

@@ -62,6 +62,8 @@ class BottleneckAdapter:
         ModelError: Its blocks have no last layer of attention and MLP that gives the hidden size.
     """
 
+    padded_logits = None
+
     def __init__(self, model: PreTrainedModel, config: BottleneckConfig, seed: int = 0) -> None:
         self.model, self.config, self.enabled = model.requires_grad_(False), config, True
         layers = linear_layers(model)

@@ -24,6 +24,8 @@ class FullModel:
         ModelError: Weights are quantized, so that they have no gradient.
     """
 
+    padded_logits = None
+
     def __init__(self, model: PreTrainedModel) -> None:
         fixed = [name for name, parameter in model.named_parameters() if not parameter.is_floating_point()]
         if fixed:

@@ -1,4 +1,8 @@
-"""PEFT's methods that change layers in place (IA³, VeRA, OFT, LoHa, …), as slot 0 on a frozen base."""
+"""PEFT's own methods as slot 0 on a frozen base.
+
+Those that change layers in place (IA³, VeRA, OFT, LoHa, …) leave the model the object it was, which computes with them.
+Those that put virtual tokens before each row (prefix, prompt and p-tuning) go through PEFT's model, in padded batches.
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -16,12 +20,12 @@ from lorafleet.methods.dropout import seeded_by
 from lorafleet.methods.peft_options import prepends
 
 
-class PeftLayers:
-    """One PEFT adapter on a model; the model itself is the same object as before and computes with it.
+class PeftMethod:
+    """One PEFT adapter on a model.
 
     Args:
         model: Changed in place by PEFT; its own weights stop requiring gradients.
-        config: Of :func:`~lorafleet.methods.peft_options.peft_config`; not one that puts tokens before the rows.
+        config: Of :func:`~lorafleet.methods.peft_options.peft_config`.
         seed: What the adapter starts from.
 
     Raises:
@@ -29,7 +33,6 @@ class PeftLayers:
     """
 
     def __init__(self, model: PreTrainedModel, config: PeftConfig, seed: int = 0) -> None:
-        assert not prepends(config)
         self.model = model.requires_grad_(False)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -41,6 +44,7 @@ class PeftLayers:
                     "target_modules"
                 ) from error
         self.tuners = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+        self.padded_logits = self._logits if prepends(config) else None
         self.eval()
 
     def slot_parameters(self, slot: int) -> dict[str, SlotParameter]:
@@ -62,6 +66,14 @@ class PeftLayers:
         """
         raise_all(AdapterError, shape_faults(self.state_dict(slot), tensors), "the adapter does not fit this model")
         set_peft_model_state_dict(self.peft, dict(tensors))
+        if self.padded_logits is not None:
+            # A file holds the virtual tokens, not the network that they may have come from; they are used as they are.
+            self.peft.peft_config["default"].inference_mode = True
+
+    def _logits(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Logits of the rows' own tokens ``(rows, time, vocabulary)``."""
+        logits: Tensor = self.peft(input_ids=input_ids, attention_mask=attention_mask).logits
+        return logits[:, -input_ids.shape[1] :]
 
     def clear_gradients(self) -> None:
         """Forget all gradients."""
@@ -92,6 +104,8 @@ class PeftLayers:
     def train(self, mode: bool = True) -> None:
         """Turn the adapter's dropout on or off; the base stays in ``eval()``."""
         self.model.eval()
+        if self.padded_logits is not None:
+            self.peft.prompt_encoder.train(mode)
         for tuner in self.tuners:
             for name in tuner.adapter_layer_names:
                 part = getattr(tuner, name, None)
@@ -107,7 +121,10 @@ class PeftLayers:
 
     def drops(self, slot: int) -> bool:
         """Whether the adapter drops anything now."""
-        return slot == 0 and any(d.training and d.p > 0 for tuner in self.tuners for d in _dropouts(tuner))
+        dropouts = [dropout for tuner in self.tuners for dropout in _dropouts(tuner)]
+        if self.padded_logits is not None:
+            dropouts += [module for module in self.peft.prompt_encoder.modules() if isinstance(module, nn.Dropout)]
+        return slot == 0 and any(dropout.training and dropout.p > 0 for dropout in dropouts)
 
     def speed_up(self, run: Callable[[], object]) -> None:
         """Nothing: the layers are PEFT's."""
