@@ -59,7 +59,7 @@ def test_a_folder_with_a_run_is_refused(place: Path, capsys: pytest.CaptureFixtu
 
 def test_eval(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text, result = run(["eval", "--adapter", str(place / "run"), *DATA], capsys)
-    for part in ("accuracy", "macro f1", "adapter against base", "McNemar", "12 of test"):
+    for part in ("accuracy", "macro F1", "adapter against base", "McNemar", "12 of test"):
         assert part in text
     assert set(result["metrics"]) == {"base", "adapter"}
     assert result["rows"] == 12

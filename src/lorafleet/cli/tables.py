@@ -8,7 +8,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lorafleet.evaluation.metrics import in_figures
+from lorafleet.evaluation.metrics import in_figures, in_words
 
 
 def put(*parts: RenderableType) -> None:
@@ -32,7 +32,7 @@ def comparison(columns: Mapping[str, Mapping[str, float]]) -> Table:
         column.justify = "right"
     for metric in dict.fromkeys(name for values in columns.values() for name in values):
         cells = (values.get(metric) for values in columns.values())
-        table.add_row(metric.replace("_", " "), *("" if cell is None else in_figures(metric, cell) for cell in cells))
+        table.add_row(in_words(metric), *("" if cell is None else in_figures(metric, cell) for cell in cells))
     return table
 
 

@@ -35,6 +35,12 @@ def in_figures(metric: str, value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4f}" if "loss" in metric else f"{value:,.2f}"
 
 
+def in_words(metric: str) -> str:
+    """A measurement's name as people write it."""
+    names = {"bleu": "BLEU", "chrf": "chrF", "rouge_l": "ROUGE-L", "macro_f1": "macro F1"}
+    return names.get(metric, metric.replace("_", " "))
+
+
 def majority(references: Sequence[str]) -> tuple[str, float]:
     """The most frequent label (the first in the alphabet among equals) and the accuracy of always answering it."""
     counts = Counter(references)
