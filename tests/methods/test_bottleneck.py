@@ -47,7 +47,7 @@ NAMES = ("down.weight", "down.bias", "up.weight", "up.bias")
 
 
 def config(style: str) -> BottleneckConfig:
-    return BottleneckConfig(style=style, bottleneck_size=M)  # type: ignore[arg-type]
+    return BottleneckConfig.model_validate({"style": style, "bottleneck_size": M})
 
 
 def by_hand(arch: str, tensors: dict[str, Tensor]) -> nn.Module:

@@ -44,9 +44,9 @@ def test_lora_plus_and_dora_train_as_in_peft(ratio: float, dora: bool) -> None:
     peft.set_peft_model_state_dict(theirs, start)
     optimizer = create_loraplus_optimizer(theirs, torch.optim.AdamW, lr=RATE, loraplus_lr_ratio=ratio)
     for _ in range(6):
-        loss = sum(plain_losses(theirs, rows)) / sum(int(row.loss_mask[1:].sum()) for row in rows)
+        loss = torch.stack(plain_losses(theirs, rows)).sum() / sum(int(row.loss_mask[1:].sum()) for row in rows)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[union-attr]
+        loss.backward()
         optimizer.step()
 
     wanted = peft.get_peft_model_state_dict(theirs)

@@ -6,8 +6,8 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from lorafleet.errors import did_you_mean
-from lorafleet.lora.routing import Routing
+from lorafleet.errors import AdapterError, RoutingError, did_you_mean, raise_all
+from lorafleet.lora.routing import BASE_ONLY, Routing
 
 
 class SlotParameter(NamedTuple):
@@ -76,3 +76,27 @@ def shape_faults(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) ->
         elif tensor.shape != wanted[name].shape:
             faults.append(f"{name} is {tuple(tensor.shape)}, the model needs {tuple(wanted[name].shape)}")
     return faults
+
+
+def load_parameters(parameters: Mapping[str, SlotParameter], tensors: Mapping[str, Tensor]) -> None:
+    """Copy tensors into the parameters of the same names.
+
+    Raises:
+        AdapterError: Tensors are missing, surplus or of the wrong shape; the message lists all of them.
+    """
+    faults = shape_faults({name: one.value for name, one in parameters.items()}, tensors)
+    raise_all(AdapterError, faults, "the tensors do not fit this model")
+    for name, one in parameters.items():
+        one.value.copy_(tensors[name])
+
+
+def is_adapted(routing: Routing, what: str) -> bool:
+    """Whether a batch is meant for slot 0, of a method that has no other and takes the whole batch or none of it.
+
+    Raises:
+        RoutingError: Slots are mixed in one batch, or there is no such slot.
+    """
+    slots = set(routing.slots)
+    if slots not in ({0}, {BASE_ONLY}):
+        raise RoutingError(f"{what} takes a batch of slot 0 or of the base, not of {sorted(slots)}")
+    return slots == {0}

@@ -10,11 +10,11 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from lorafleet.config.bottleneck import BottleneckConfig
-from lorafleet.errors import AdapterError, ModelError, RoutingError, raise_all
-from lorafleet.lora import BASE_ONLY, Routing, SlotParameter
+from lorafleet.errors import AdapterError, ModelError, raise_all
+from lorafleet.lora import Routing, SlotParameter
 from lorafleet.lora.init import generator_for
 from lorafleet.lora.layer import linear_shape
-from lorafleet.lora.slots import shape_faults
+from lorafleet.lora.slots import is_adapted, load_parameters
 from lorafleet.lora.targets import in_attention, layer_index, linear_layers
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
@@ -98,11 +98,7 @@ class BottleneckAdapter:
         Raises:
             AdapterError: Tensors are missing, surplus or of the wrong shape; the message lists all of them.
         """
-        parameters = self.slot_parameters(slot)
-        faults = shape_faults({name: one.value for name, one in parameters.items()}, tensors)
-        raise_all(AdapterError, faults, "the adapter does not fit this model")
-        for name, one in parameters.items():
-            one.value.copy_(tensors[name])
+        load_parameters(self.slot_parameters(slot), tensors)
 
     def clear_gradients(self) -> None:
         """Forget all gradients."""
@@ -115,10 +111,7 @@ class BottleneckAdapter:
         Raises:
             RoutingError: Slots are mixed in one batch, or there is no such slot.
         """
-        slots = set(routing.slots)
-        if slots not in ({0}, {BASE_ONLY}):
-            raise RoutingError(f"bottleneck adapters take a batch of slot 0 or of the base, not of {sorted(slots)}")
-        return self._switched(slots == {0})
+        return self._switched(is_adapted(routing, "a bottleneck adapter"))
 
     def disabled(self) -> AbstractContextManager[None]:
         """Within a ``with`` block the model answers as the bare base."""

@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from lorafleet.errors import AdapterError, ModelError, RoutingError, raise_all
+from lorafleet.errors import ModelError, RoutingError
 from lorafleet.lora import Routing, SlotParameter
-from lorafleet.lora.slots import shape_faults
+from lorafleet.lora.slots import load_parameters
 from lorafleet.methods.dropout import seeded_by
 
 
@@ -52,11 +52,7 @@ class FullModel:
         Raises:
             AdapterError: Tensors are missing, surplus or of the wrong shape; the message lists all of them.
         """
-        parameters = self.slot_parameters(slot)
-        faults = shape_faults({name: one.value for name, one in parameters.items()}, tensors)
-        raise_all(AdapterError, faults, "the weights do not fit this model")
-        for name, one in parameters.items():
-            one.value.copy_(tensors[name])
+        load_parameters(self.slot_parameters(slot), tensors)
 
     def clear_gradients(self) -> None:
         """Forget all gradients."""

@@ -13,9 +13,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lorafleet.errors import AdapterError, ConfigError, RoutingError, raise_all
-from lorafleet.lora import BASE_ONLY, Routing, SlotParameter
-from lorafleet.lora.slots import shape_faults
+from lorafleet.errors import AdapterError, ConfigError, raise_all
+from lorafleet.lora import Routing, SlotParameter
+from lorafleet.lora.slots import is_adapted, shape_faults
 from lorafleet.methods.dropout import seeded_by
 from lorafleet.methods.peft_options import prepends
 
@@ -86,15 +86,9 @@ class PeftMethod:
         Raises:
             RoutingError: Slots are mixed in one batch, or there is no such slot.
         """
-        slots = set(routing.slots)
-        if slots not in ({0}, {BASE_ONLY}):
-            raise RoutingError(f"a PEFT adapter takes a batch of slot 0 or of the base, not of {sorted(slots)}")
-        if slots == {BASE_ONLY}:
-            with self.disabled():
-                yield
-        else:
-            with seeded_by(routing, self.model.device):
-                yield
+        adapted = is_adapted(routing, "a PEFT adapter")
+        with seeded_by(routing, self.model.device) if adapted else self.disabled():
+            yield
 
     def disabled(self) -> AbstractContextManager[None]:
         """Within a ``with`` block the model answers as the bare base."""
