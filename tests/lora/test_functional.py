@@ -15,6 +15,7 @@ LAYOUTS = {
     "mixed ranks, equal lengths": [LoraSegment(k, 4 * k, 4 * k + 4, k + 1, 0.5 + k) for k in range(3)],
     "ragged": [LoraSegment(2, 0, 1, 2, 1.0), LoraSegment(0, 1, 9, 3, 0.25), LoraSegment(1, 9, 12, 1, 4.0)],
     "a slot twice": [LoraSegment(1, 0, 4, 3, 1.5), LoraSegment(0, 4, 8, 3, 1.0), LoraSegment(1, 8, 12, 3, 1.5)],
+    "ragged, rank 1": [LoraSegment(2, 0, 1, 1, 1.0), LoraSegment(0, 1, 9, 1, 0.25), LoraSegment(1, 9, 12, 1, 4.0)],
     "base rows between": [LoraSegment(0, 2, 5, 3, 1.0), LoraSegment(2, 8, 11, 2, 1.0)],
     "frozen rows": [LoraSegment(0, 0, 5, 3, 1.0, frozen=2), LoraSegment(2, 5, 12, 2, 2.0)],
     "rank 0": [LoraSegment(0, 0, 6, 0, 0.0, trains_bias=True), LoraSegment(1, 6, 12, 3, 1.0)],
@@ -51,7 +52,12 @@ def lora_linear(made: dict[str, Tensor], segments: list[LoraSegment]) -> Tensor:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_equals_the_reference_forward_and_backward(layout: str, dtype: torch.dtype, tolerance: float) -> None:
+@pytest.mark.parametrize("grouped", [True, False], ids=["grouped", "one by one"])
+def test_equals_the_reference_forward_and_backward(
+    layout: str, dtype: torch.dtype, tolerance: float, grouped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not grouped:
+        monkeypatch.setattr("lorafleet.lora.segments.has_grouped_gemm", lambda like: False)
     segments = LAYOUTS[layout]
     fast, slow = tensors(dtype, segments), tensors(dtype, segments)
     y, expected = lora_linear(fast, segments), lora_linear_reference(slow["x"], layer(slow, segments))
@@ -92,6 +98,23 @@ def test_layers_that_share_their_input_equal_the_reference(layout: str) -> None:
         results.append([*ys, *grads])
     for got, wanted in zip(*results, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_the_input_may_lie_in_memory_as_it_likes() -> None:
+    segments = LAYOUTS["dropout"]
+    results = []
+    row = tensors(torch.float64, segments)["x"].detach()[:1]
+    rows = row.repeat(12, 1)
+    for x in (rows.T.contiguous().T, rows.repeat_interleave(2, 1)[:, ::2], row.expand(12, IN), rows):
+        made = tensors(torch.float64, segments)
+        made["x"] = x.requires_grad_()
+        y = lora_linear(made, segments)
+        y.sin().sum().backward()
+        results.append([y, *(tensor.grad for tensor in (x, made["lora_A"], made["lora_B"]))])
+    wanted = results.pop()
+    for got in results:
+        for one, other in zip(got, wanted, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
 def test_rank_padding_gets_no_gradient() -> None:

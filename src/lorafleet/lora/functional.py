@@ -172,7 +172,7 @@ def _low_gradients(
     parts = groups.outer_product(joined, x if mask is None else x * mask).split(ranks, dim=1)
     grads_A = [_to_slots(part, slots, layer.lora_A) for layer, part in zip(layers, parts, strict=True)]
     if grad_x is not None:
-        onto = grad_x if mask is None else torch.zeros_like(x)
+        onto = grad_x if mask is None else x.new_zeros(x.shape)
         groups.add_product(onto, joined, joint.joined_A(layers, x))
         if mask is not None:
             grad_x.addcmul_(onto, mask)

@@ -1,12 +1,14 @@
 """The segments of a flat batch, and products in which each segment's rows meet its own slot's matrices."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lorafleet.lora.grouped_gemm import Operand, grouped_gemm, has_grouped_gemm, readable
 from lorafleet.lora.packed import PackedWeight
 
 
@@ -70,18 +72,29 @@ def joined_mask(segments: Sequence[LoraSegment], like: Tensor) -> Tensor | None:
 class RowGroups(NamedTuple):
     """Products in which each segment's rows of a ``(tokens, features)`` tensor meet a matrix of their own.
 
-    Equal segments that fill the batch are one batched product. Others are a grouped product where the device has one,
-    or one product each, of their own length.
+    Equal segments that fill the batch are one batched product. Others are a grouped product where there is one, or one
+    product each, of their own length.
 
     Args:
         lengths: Rows between segments and rows of segments, in turn; between segments there may be none.
         even: Whether the segments are equally long and fill the batch.
-        ends: Where each segment ends, ``(segments,)``, for grouped products; none without them.
+        ends: Where each segment ends, ``(segments,)``, for a GPU's grouped products; none without them.
+        one_call: Whether a CPU's grouped products are there for it.
     """
 
     lengths: list[int]
     even: bool
     ends: Tensor | None = None
+    one_call: bool = False
+
+    def _grouped(self, x: Tensor, matrices: Tensor, into: Tensor, beta: float) -> None:
+        """``x_k·M_k + beta·into_k`` of all segments in one call."""
+        count, n, m = matrices.shape
+        sizes = self.lengths[1::2], [m] * count, [n] * count
+        grouped_gemm(self._rows(readable(x)), _each(matrices), self._rows(into), sizes, [1] * count, beta=beta)
+
+    def _rows(self, x: Tensor) -> Operand:
+        return Operand(x, [x.stride(0) * end for end in list(accumulate(self.lengths))[:-1:2]])
 
     def _entries(self, tensor: Tensor) -> Tensor:
         return tensor.view(len(self.lengths) // 2, -1, tensor.shape[1])
@@ -96,6 +109,9 @@ class RowGroups(NamedTuple):
         if self.ends is not None:
             return F.grouped_mm(x, matrices, offs=self.ends)
         out = x.new_zeros(x.shape[0], matrices.shape[2])
+        if self.one_call:
+            self._grouped(x, matrices, out, 0)
+            return out
         for part, matrix, into in zip(self._parts(x), matrices.unbind(), self._parts(out), strict=True):
             torch.mm(part, matrix, out=into)
         return out
@@ -108,6 +124,9 @@ class RowGroups(NamedTuple):
         if self.ends is not None:
             into += F.grouped_mm(x, matrices, offs=self.ends)
             return
+        if self.one_call:
+            self._grouped(x, matrices, into, 1)
+            return
         for part, matrix, onto in zip(self._parts(x), matrices.unbind(), self._parts(into), strict=True):
             onto.addmm_(part, matrix)
 
@@ -118,6 +137,11 @@ class RowGroups(NamedTuple):
         if self.ends is not None:
             return F.grouped_mm(a.T, b, offs=self.ends)
         out = a.new_empty(len(self.lengths) // 2, a.shape[1], b.shape[1])
+        if self.one_call:
+            count, n, m = out.shape
+            sizes = [n] * count, [m] * count, self.lengths[1::2]
+            grouped_gemm(self._rows(readable(a)).transposed(), self._rows(readable(b)), _each(out), sizes, [1] * count)
+            return out
         for left, right, into in zip(self._parts(a), self._parts(b), out.unbind(), strict=True):
             torch.mm(left.T, right, out=into)
         return out
@@ -127,12 +151,17 @@ class RowGroups(NamedTuple):
         if self.even:
             self._entries(x).mul_(factors)
             return
-        if self.ends is not None:
+        if not any(self.lengths[::2]):
             lengths = torch.tensor(self.lengths[1::2], device=x.device)
             x.mul_(factors[:, 0].repeat_interleave(lengths, dim=0, output_size=len(x)))
             return
         for part, factor in zip(self._parts(x), factors.unbind(), strict=True):
             part.mul_(factor)
+
+
+def _each(matrices: Tensor) -> Operand:
+    """Every matrix of ``(segments, n, m)``."""
+    return Operand(matrices, [number * matrices.stride(0) for number in range(len(matrices))])
 
 
 def row_groups(segments: Sequence[LoraSegment], x: Tensor, sizes: Sequence[int]) -> RowGroups:
@@ -148,4 +177,4 @@ def row_groups(segments: Sequence[LoraSegment], x: Tensor, sizes: Sequence[int])
     # PyTorch's grouped product takes bfloat16 whose rows begin at multiples of 16 bytes. On a CPU it gains nothing.
     grouped = x.is_cuda and x.dtype == torch.bfloat16 and full and not any(size % 8 for size in sizes)
     ends = torch.tensor([s.stop for s in segments], dtype=torch.int32, device=x.device) if grouped else None
-    return RowGroups(lengths, even=False, ends=ends)
+    return RowGroups(lengths, even=False, ends=ends, one_call=len(segments) > 1 and has_grouped_gemm(x))

@@ -21,6 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from lorafleet.lora.grouped_gemm import has_grouped_gemm
 from lorafleet.models.shared_prompts import SharedPrompts, share_prompts
 from lorafleet.models.short_attention import LONGEST, short_attention
 
@@ -143,7 +144,7 @@ def _attend(
 def _is_short(query: Tensor, key: Tensor, value: Tensor, layout: FlatLayout, window: int | None) -> bool:
     longest = max(layout.lengths)
     return (
-        query.device.type == "cpu"
+        has_grouped_gemm(query)
         and longest <= LONGEST
         and (window is None or window >= longest)
         and query.shape[-1] == key.shape[-1] == value.shape[-1]

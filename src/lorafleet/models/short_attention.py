@@ -1,16 +1,19 @@
-"""Attention over short sequences on a CPU, as batched matrix products with a hand-written backward pass.
+"""Attention over short sequences on a CPU, as grouped matrix products with a hand-written backward pass.
 
 The CPU flash kernel is made for long sequences; at some 60 tokens a sequence and grouped queries its backward pass
 cost several times the products themselves. Here the query heads that share a key head are stacked as rows of one
-product, and the probabilities are kept: H·T² numbers a sequence, which is why long sequences do not come here.
+product, sequences of every length are one grouped product, and the probabilities are kept: H·T·longest numbers for T
+tokens, which is why long sequences do not come here.
 """
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from lorafleet.lora.grouped_gemm import Operand, grouped_gemm, readable
 
 LONGEST = 128
 """Longest sequence, in tokens, for which keeping the probabilities is cheap."""
@@ -18,60 +21,107 @@ LONGEST = 128
 Run = tuple[int, int, int]
 
 
-@lru_cache(maxsize=256)
-def _causal(length: int, groups: int, dtype: torch.dtype) -> Tensor:
-    """Additive causal mask ``(groups · length, length)``, once for each query head of a key head."""
-    return torch.full((length, length), -torch.inf, dtype=dtype).triu(1).repeat(groups, 1)
+class _Stack(NamedTuple):
+    """The rows of queries and scores: by key head, by sequence, by query head of that key head, by token.
+
+    Args:
+        order: Which rows of ``(tokens · heads, dim)`` these are.
+        back: Where each of those lies in the stack.
+        mask: Additive causal mask ``(kv_heads, groups · tokens, longest)``, -inf past a sequence's end too.
+        starts: First token of each sequence.
+        lengths: Tokens of a sequence, by run of equal lengths.
+        counts: Products of each run: its sequences times the key heads.
+        groups: Query heads of a key head.
+    """
+
+    order: Tensor
+    back: Tensor
+    mask: Tensor
+    starts: list[int]
+    lengths: list[int]
+    counts: list[int]
+    groups: int
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """``(1, heads, tokens, dim)`` as ``(kv_heads, groups · tokens, dim)``."""
+        flat = tensor[0].transpose(0, 1).reshape(-1, tensor.shape[-1])
+        return flat.index_select(0, self.order).view(*self.mask.shape[:2], -1)
+
+    def heads(self, rows: Tensor) -> Tensor:
+        """:meth:`rows` undone; in memory ``(1, tokens, heads, dim)``, as the output projection wants it."""
+        tokens = self.mask.shape[1] // self.groups
+        back = rows.flatten(0, 1).index_select(0, self.back)
+        return back.view(1, tokens, -1, rows.shape[-1]).transpose(1, 2)
+
+    def stacked(self, rows: Tensor) -> Operand:
+        """Each sequence's part of ``(kv_heads, groups · tokens, columns)``."""
+        return self._parts(rows, self.groups)
+
+    def plain(self, keys: Tensor) -> Operand:
+        """Each sequence's part of ``(1, kv_heads, tokens, dim)``."""
+        return self._parts(keys[0], 1)
+
+    def _parts(self, tensor: Tensor, times: int) -> Operand:
+        head, row = tensor.stride()[:2]
+        return Operand(tensor, [n * head + start * times * row for start in self.starts for n in range(len(tensor))])
+
+    def sizes(self, dim: int) -> tuple[list[int], list[int], list[int]]:
+        """Rows of queries, rows of keys, and numbers of a head, by run."""
+        return [self.groups * length for length in self.lengths], self.lengths, [dim] * len(self.lengths)
 
 
-def _split(tensor: Tensor, run: Run, heads: int) -> Tensor:
-    """A run of equal lengths of ``(1, H, tokens, dim)`` as ``(count · heads, H/heads · length, dim)``."""
-    start, count, length = run
-    rows = tensor[0, :, start : start + count * length].unflatten(1, (count, length))
-    joined: Tensor = rows.transpose(0, 1).reshape(count * heads, -1, tensor.shape[-1])
-    return joined
-
-
-def _join(part: Tensor, into: Tensor, run: Run) -> None:
-    """Write ``(count · heads, H/heads · length, dim)`` into a run of ``(1, H, tokens, dim)``."""
-    start, count, length = run
-    rows = part.view(count, into.shape[1], length, into.shape[-1]).transpose(0, 1)
-    into[0, :, start : start + count * length].unflatten(1, (count, length)).copy_(rows)
+@lru_cache(maxsize=2)
+def _stack(runs: tuple[Run, ...], heads: int, kv_heads: int, dtype: torch.dtype) -> _Stack:
+    groups = heads // kv_heads
+    lengths = [length for _, count, length in runs for _ in range(count)]
+    starts = [start + i * length for start, count, length in runs for i in range(count)]
+    tokens = sum(lengths)
+    numbers = torch.arange(tokens * heads).view(tokens, kv_heads, groups)
+    parts = [numbers[start : start + length] for start, length in zip(starts, lengths, strict=True)]
+    # (length, kv_heads, groups) of each sequence as (kv_heads, groups · length).
+    order = torch.cat([part.permute(1, 2, 0).flatten(1) for part in parts], dim=1).flatten()
+    mask = torch.full((kv_heads, groups * tokens, max(lengths)), -torch.inf, dtype=dtype)
+    for start, length in zip(starts, lengths, strict=True):
+        causal = torch.full((length, length), -torch.inf, dtype=dtype).triu(1)
+        mask[:, groups * start : groups * (start + length), :length] = causal.repeat(groups, 1)
+    counts = [count * kv_heads for _, count, _ in runs]
+    return _Stack(order, order.argsort(), mask, starts, [length for *_, length in runs], counts, groups)
 
 
 class _ShortAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, runs: tuple[Run, ...]) -> Tensor:
-        heads = key.shape[1]
-        groups = query.shape[1] // heads
-        # In memory the output is (1, tokens, heads, dim), as the output projection wants it.
-        out = query.new_empty((1, query.shape[2], *query.shape[1::2])).transpose(1, 2)
-        kept = []
-        for run in runs:
-            q, k, v = (_split(tensor, run, heads) for tensor in (query, key, value))
-            mask = _causal(run[2], groups, query.dtype).expand(len(q), -1, -1)
-            probabilities = torch.baddbmm(mask, q, k.mT, alpha=scale).softmax(dim=-1)
-            _join(torch.bmm(probabilities, v), out, run)
-            kept.append(probabilities)
-        ctx.save_for_backward(query, key, value, *kept)
-        ctx.scale, ctx.runs = scale, runs
-        return out
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, stack: _Stack) -> Tensor:
+        queries, keys, dims = stack.sizes(query.shape[-1])
+        q, scores = stack.rows(query), stack.mask.clone()
+        score, k, v = stack.stacked(scores), stack.plain(key), stack.plain(value)
+        grouped_gemm(stack.stacked(q), k.transposed(), score, (queries, keys, dims), stack.counts, scale, 1)
+        probabilities = scores.softmax(dim=-1)
+        out = torch.empty_like(q)
+        grouped_gemm(stack.stacked(probabilities), v, stack.stacked(out), (queries, dims, keys), stack.counts)
+        ctx.save_for_backward(q, key, value, probabilities)
+        ctx.scale, ctx.stack = scale, stack
+        return stack.heads(out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, *kept = ctx.saved_tensors
-        heads = key.shape[1]
-        grads = [t.new_empty((1, t.shape[2], *t.shape[1::2])).transpose(1, 2) for t in (query, key, value)]
-        for run, probabilities in zip(ctx.runs, kept, strict=True):
-            g, q = _split(grad, run, heads), _split(query, run, heads)
-            k, v = _split(key, run, heads), _split(value, run, heads)
-            grad_p = torch.bmm(g, v.mT)
-            # softmax: dS = P ∘ (dP - rowsum(dP ∘ P))
-            grad_s = torch._softmax_backward_data(grad_p, probabilities, -1, query.dtype).mul_(ctx.scale)
-            for part, into in zip((grad_s @ k, grad_s.mT @ q, probabilities.mT @ g), grads, strict=True):
-                _join(part, into, run)
-        return *grads, None, None
+        query, key, value, probabilities = ctx.saved_tensors
+        scale, stack, counts = ctx.scale, ctx.stack, ctx.stack.counts
+        queries, keys, dims = stack.sizes(query.shape[-1])
+        grad = stack.rows(grad)
+        # Past a sequence's end the probabilities are zero, and zero times whatever is there must be zero.
+        grad_p = torch.zeros_like(probabilities)
+        q, p, g = stack.stacked(query), stack.stacked(probabilities), stack.stacked(grad)
+        k, v = stack.plain(key), stack.plain(value)
+        grouped_gemm(g, v.transposed(), stack.stacked(grad_p), (queries, keys, dims), counts)
+        # softmax: dS = P ∘ (dP - rowsum(dP ∘ P))
+        s = stack.stacked(torch._softmax_backward_data(grad_p, probabilities, -1, query.dtype))
+        grad_q = torch.empty_like(query)
+        grad_k, grad_v = (t.new_empty((1, t.shape[2], *t.shape[1::2])).transpose(1, 2) for t in (key, value))
+        grouped_gemm(s, k, stack.stacked(grad_q), (queries, dims, keys), counts, scale)
+        grouped_gemm(s.transposed(), q, stack.plain(grad_k), (keys, dims, queries), counts, scale)
+        grouped_gemm(p.transposed(), g, stack.plain(grad_v), (keys, dims, queries), counts)
+        return stack.heads(grad_q), grad_k, grad_v, None, None
 
 
 def short_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, runs: tuple[Run, ...]) -> Tensor:
@@ -87,5 +137,6 @@ def short_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, run
     Returns:
         ``(1, heads, tokens, dim)``.
     """
-    out: Tensor = _ShortAttention.apply(query, key, value, scale, runs)  # type: ignore[no-untyped-call]
+    stack = _stack(runs, query.shape[1], key.shape[1], query.dtype)
+    out: Tensor = _ShortAttention.apply(query, readable(key), readable(value), scale, stack)  # type: ignore[no-untyped-call]
     return out

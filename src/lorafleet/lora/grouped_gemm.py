@@ -1,0 +1,120 @@
+"""Products of unequal sizes in one call of oneMKL, through PyTorch's own library.
+
+PyTorch has a batched product of equal sizes only; oneMKL, which its CPU builds carry, takes groups of any sizes
+(``?gemm_batch``, oneMKL's reference for C, BLAS-like extensions). A loop over products starts each of them by itself
+and shares it between all threads: 1.2 to 1.8 times as slow on two cores. The function is looked for and tried; without
+it there is no grouped product on a CPU.
+"""
+
+import ctypes
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+_REALS = {torch.float32: ctypes.c_float, torch.float64: ctypes.c_double}
+_NAMES = {torch.float32: "sgemm_batch_64", torch.float64: "dgemm_batch_64"}
+_LIBRARY = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+
+
+class Operand(NamedTuple):
+    """Matrices of one shape of memory in one tensor.
+
+    Args:
+        view: Shows the strides of each in its last two dimensions; one of them is 1.
+        starts: Where each matrix begins in it, in elements.
+    """
+
+    view: Tensor
+    starts: Sequence[int]
+
+    def transposed(self) -> Self:
+        """The same matrices, transposed."""
+        return self._replace(view=self.view.mT)
+
+
+def grouped_gemm(
+    a: Operand,
+    b: Operand,
+    c: Operand,
+    sizes: Sequence[Sequence[int]],
+    counts: Sequence[int],
+    alpha: float = 1,
+    beta: float = 0,
+) -> None:
+    """``C_i = alpha·A_i·B_i + beta·C_i`` for many matrices, in place.
+
+    Args:
+        a: The left matrices.
+        b: The right ones.
+        c: The results; columns lie side by side.
+        sizes: Rows of A, columns of B and columns of A, each by group of products of the same sizes.
+        counts: How many products are in each group.
+        alpha: Factor of the products.
+        beta: 1 adds to C, 0 sets it.
+    """
+    groups = len(sizes[0])
+    number, real = ctypes.c_int64 * groups, _REALS[a.view.dtype] * groups
+    # Fortran's matrices are the transposed ones of C: Cᵀ = Bᵀ·Aᵀ.
+    (b_letter, b_leading), (a_letter, a_leading) = _layout(b.view), _layout(a.view)
+    m, n, k = (number(*size) for size in sizes)
+    function = _function(a.view.dtype)
+    assert function is not None
+    function(
+        b_letter * groups,
+        a_letter * groups,
+        *(n, m, k, real(*[alpha] * groups)),
+        *(_addresses(b), number(*[b_leading] * groups)),
+        *(_addresses(a), number(*[a_leading] * groups)),
+        real(*[beta] * groups),
+        *(_addresses(c), number(*[c.view.stride(-2)] * groups)),
+        ctypes.byref(ctypes.c_int64(groups)),
+        number(*counts),
+    )
+
+
+def _addresses(operand: Operand) -> "ctypes.Array[ctypes.c_int64]":
+    first, size = operand.view.data_ptr(), operand.view.element_size()
+    return (ctypes.c_int64 * len(operand.starts))(*[first + size * start for start in operand.starts])
+
+
+def readable(matrices: Tensor) -> Tensor:
+    """The tensor itself where its rows lie one behind another with their numbers side by side, or a copy that does."""
+    row, column = matrices.stride()[-2:]
+    return matrices if column == 1 and row >= matrices.shape[-1] else matrices.contiguous()
+
+
+def has_grouped_gemm(like: Tensor) -> bool:
+    """Whether :func:`grouped_gemm` takes tensors of this type and place."""
+    return like.device.type == "cpu" and _works(like.dtype)
+
+
+def _layout(matrix: Tensor) -> tuple[bytes, int]:
+    """How Fortran reads a matrix of C's, and how far apart its lines are."""
+    down, across = matrix.stride()[-2:]
+    return (b"N", down) if across == 1 and down >= matrix.shape[-1] else (b"T", across)
+
+
+@cache
+def _function(dtype: torch.dtype) -> Callable[..., None] | None:
+    """OneMKL's function for this type; none where PyTorch has been built without it."""
+    try:
+        function: Callable[..., None] = getattr(ctypes.CDLL(str(_LIBRARY)), _NAMES[dtype])
+    except (OSError, AttributeError, KeyError):
+        return None
+    return function
+
+
+@cache
+def _works(dtype: torch.dtype) -> bool:
+    """Whether the function is there and its answer is the product; found out once."""
+    if _function(dtype) is None:
+        return False
+    a, b, c = (torch.arange(24, dtype=dtype).view(shape) for shape in ((8, 3), (2, 3, 4), (6, 4)))
+    wanted = torch.cat([2 * a[:2] @ b[0], 2 * a[3:7] @ b[1]]) + c
+    operands = Operand(a, [0, 9]), Operand(b, [0, 12]), Operand(c, [0, 8])
+    grouped_gemm(*operands, ([2, 4], [4, 4], [3, 3]), [1, 1], alpha=2, beta=1)
+    return torch.equal(c, wanted)

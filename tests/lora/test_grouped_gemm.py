@@ -1,0 +1,51 @@
+"""Products of unequal sizes in one call, against one product each."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from lorafleet.lora.grouped_gemm import Operand, grouped_gemm, has_grouped_gemm, readable
+
+SIZES = ([2, 5], [4, 3], [3, 6])
+COUNTS = [3, 2]
+
+
+def operand(shapes: list[tuple[int, int]], transposed: bool, dtype: torch.dtype) -> tuple[Operand, list[Tensor]]:
+    """Matrices that lie side by side in one wide tensor, and each by itself."""
+    generator = torch.Generator().manual_seed(len(shapes))
+    wide = torch.randn(8, 8 * len(shapes), generator=generator, dtype=dtype)
+    parts = [wide[:, 8 * i : 8 * i + 8] for i in range(len(shapes))]
+    parts, view = ([part.T for part in parts], wide.T) if transposed else (parts, wide)
+    found = [part[:rows, :columns] for part, (rows, columns) in zip(parts, shapes, strict=True)]
+    return Operand(view, [8 * i for i in range(len(shapes))]), found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("left", [False, True], ids=["A", "A transposed"])
+@pytest.mark.parametrize("right", [False, True], ids=["B", "B transposed"])
+@pytest.mark.parametrize(("alpha", "beta"), [(1, 0), (0.5, 1)])
+def test_equals_one_product_each(dtype: torch.dtype, left: bool, right: bool, alpha: float, beta: float) -> None:
+    m, n, k = ([size for size, count in zip(sizes, COUNTS, strict=True) for _ in range(count)] for sizes in SIZES)
+    a, all_a = operand([*zip(m, k, strict=True)], left, dtype)
+    b, all_b = operand([*zip(k, n, strict=True)], right, dtype)
+    c, all_c = operand([*zip(m, n, strict=True)], False, dtype)
+    wanted = c.view.clone()
+    for i, (one, other, old) in enumerate(zip(all_a, all_b, all_c, strict=True)):
+        wanted[: len(old), 8 * i : 8 * i + old.shape[1]] = alpha * one @ other + beta * old
+    grouped_gemm(a, b, c, SIZES, COUNTS, alpha, beta)
+    torch.testing.assert_close(c.view, wanted)
+
+
+def test_it_is_for_full_precision_on_a_cpu() -> None:
+    assert has_grouped_gemm(torch.zeros(1)) and has_grouped_gemm(torch.zeros(1, dtype=torch.float64))
+    assert not has_grouped_gemm(torch.zeros(1, dtype=torch.bfloat16))
+    assert not has_grouped_gemm(torch.zeros(1, device="meta"))
+
+
+@pytest.mark.parametrize("lies", ["transposed", "every other column", "one row many times"])
+def test_what_cannot_be_read_is_copied(lies: str) -> None:
+    plain = torch.arange(24.0).view(4, 6)
+    made = {"transposed": plain.T, "every other column": plain[:, ::2], "one row many times": plain[:1].expand(4, 6)}
+    found = readable(made[lies])
+    assert torch.equal(found, made[lies]) and found.is_contiguous()
+    assert readable(plain[:, :3]).data_ptr() == plain.data_ptr()
