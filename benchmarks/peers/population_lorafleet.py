@@ -12,7 +12,7 @@ from benchmarks.peers.lorafleet_loop import LabelledRow
 from lorafleet.config.model import ModelConfig
 from lorafleet.config.training import RunConfig, TrainingConfig
 from lorafleet.evaluation.token_loss import LossModel
-from lorafleet.files.adapter import load_adapter
+from lorafleet.files.adapter import Adapter, load_adapter
 from lorafleet.lora import LoraBank
 from lorafleet.models.load import load_base
 from lorafleet.models.machine import keep_large_allocations
@@ -39,27 +39,34 @@ def run(job: dict[str, Any]) -> list[dict[str, Any]]:
     base = load_base(ModelConfig(model_name_or_path=job["model"], device="cpu", dtype="float32"))
     adapter = load_adapter(Path(job["adapter"]))
     adapters = len(job["cases"][0]["rows"])
-    bank = LoraBank(base.model, adapters)
+    # One after another needs one slot: more would be more to keep gradients for.
+    bank = LoraBank(base.model, adapters if job["together"] else 1)
     bank.reserve([adapter.config])
     loss_model = LossModel(base.model, bank, base.tokenizer.pad_token_id)
     loss_model.speed_up()
     found = []
     for case in job["cases"]:
-        for slot in range(adapters):
-            bank.add(adapter.config, slot=slot)
-            bank.load_state_dict(slot, adapter.tensors)
-        members = [_member(bank, slot, rows, job) for slot, rows in enumerate(case["rows"])]
-        groups = [members] if job["together"] else [[member] for member in members]
-        timed = [_train(group, loss_model, bank, job["skipped"]) for group in groups]
+        groups = [case["rows"]] if job["together"] else [[rows] for rows in case["rows"]]
+        timed = [_train(_members(bank, adapter, group, job), loss_model, bank, job["skipped"]) for group in groups]
         found.append(
             {
                 "seconds": sum(seconds for seconds, _ in timed),
                 "losses": [loss for _, losses in timed for loss in losses],
             }
         )
-        for slot in range(adapters):
-            bank.remove(slot)
     return found
+
+
+def _members(
+    bank: LoraBank, adapter: Adapter, rows: list[list[dict[str, list[int]]]], job: dict[str, Any]
+) -> list[Member]:
+    """Fresh adapters in the first slots, in the place of those that were there."""
+    for slot in range(len(rows)):
+        if bank.configs[slot] is not None:
+            bank.remove(slot)
+        bank.add(adapter.config, slot=slot)
+        bank.load_state_dict(slot, adapter.tensors)
+    return [_member(bank, slot, own, job) for slot, own in enumerate(rows)]
 
 
 def _member(bank: LoraBank, slot: int, rows: list[dict[str, list[int]]], job: dict[str, Any]) -> Member:

@@ -38,30 +38,40 @@ def test_a_flat_batch_points_each_target_at_the_token_before_it() -> None:
         Row(np.array([9, 10]), np.array([False, True])),
     ]
     batch = collate([Part(1, rows, weight=0.25), Part(-1, rows[:1])])
-    assert batch.input_ids.tolist() == [9, 10, 5, 6, 7, 8, 5, 6, 7, 8]
-    assert batch.lengths == (2, 4, 4)
-    assert batch.position_ids.tolist() == [0, 1, 0, 1, 2, 3, 0, 1, 2, 3]
-    assert batch.positions.tolist() == [0, 3, 4, 7, 8]
+    assert batch.input_ids.tolist() == [9, 5, 6, 7, 5, 6, 7]
+    assert batch.lengths == (1, 3, 3)
+    assert batch.position_ids.tolist() == [0, 0, 1, 2, 0, 1, 2]
+    assert batch.positions.tolist() == [0, 2, 3, 5, 6]
     assert batch.targets.tolist() == [10, 7, 8, 7, 8]
     assert batch.weights.tolist() == [0.25] * 3 + [1.0] * 2
     assert batch.part_targets == (3, 2)
-    assert (count_targets(rows), batch.tokens) == (3, 10)
-    assert batch.routing(None, padded=False).lengths == (6, 4)
+    assert (count_targets(rows), batch.tokens) == (3, 7)
+    assert batch.routing(None, padded=False).lengths == (4, 3)
     assert batch.routing(None, padded=True).lengths == (2, 1)
     assert batch.shared_prompts() is None
+
+
+def test_a_row_ends_before_its_last_target() -> None:
+    rows = [
+        Row(np.array([5, 6, 7, 8, 9]), np.array([False, True, True, False, False])),
+        Row(np.array([5, 6, 7]), np.array([True, False, False])),
+    ]
+    batch = collate([Part(0, rows)])
+    assert batch.input_ids.tolist() == [5, 5, 6]
+    assert (batch.positions.tolist(), batch.targets.tolist()) == ([1, 2], [6, 7])
 
 
 def test_what_all_rows_of_a_part_begin_with_is_computed_once() -> None:
     mask = np.array([False, True, False, True])
     rows = [Row(np.array([5, 6, 7, 8]), mask), Row(np.array([5, 6, 7]), mask[:3]), Row(np.array([5, 6, 9, 9]), mask)]
     batch = collate([Part(1, rows), Part(0, rows[:1])])
-    assert batch.part_prompts == (2, 0)
+    assert batch.part_prompts == (1, 0)
     shared = batch.shared_prompts()
     assert shared is not None
-    assert batch.input_ids[shared.kept].tolist() == [5, 6, 7, 7, 8, 9, 9, 5, 6, 7, 8]
+    assert batch.input_ids[shared.kept].tolist() == [5, 6, 7, 6, 9, 5, 6, 7]
     torch.testing.assert_close(batch.input_ids[shared.kept][shared.place], batch.input_ids)
     torch.testing.assert_close(batch.position_ids[shared.kept][shared.place], batch.position_ids)
-    assert batch.routing(shared, padded=False).lengths == (7, 4)
+    assert batch.routing(shared, padded=False).lengths == (5, 3)
     assert batch.shared_prompts(apart=[1]) is None
 
 
@@ -77,7 +87,7 @@ def test_equal_rows_are_computed_once() -> None:
     rows = [Row(np.array([5, 6, 7]), np.array([False, True, True]))] * 3
     shared = collate([Part(0, rows)]).shared_prompts()
     assert shared is not None
-    assert shared.kept.tolist() == [0, 1, 2]
+    assert shared.kept.tolist() == [0, 1]
 
 
 def test_a_padded_batch_keeps_ids_and_targets() -> None:
@@ -87,6 +97,6 @@ def test_a_padded_batch_keeps_ids_and_targets() -> None:
     ]
     batch = collate([Part(0, rows)])
     ids, mask, positions = batch.padded(pad_id=99)
-    assert ids.tolist() == [[9, 10, 99, 99], [5, 6, 7, 8]]
-    assert mask.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
-    torch.testing.assert_close(ids.flatten()[positions + 1], batch.targets)
+    assert ids.tolist() == [[9, 99, 99], [5, 6, 7]]
+    assert mask.tolist() == [[1, 0, 0], [1, 1, 1]]
+    assert (positions.tolist(), batch.targets.tolist()) == ([0, 4, 5], [10, 7, 8])

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lorafleet.lora.routing import Routing
@@ -147,44 +148,44 @@ class FlatBatch:
 
 
 def collate(parts: Sequence[Part]) -> FlatBatch:
-    """Lay the parts one after another. Within a part, rows go by length, so that equal lengths share a product."""
-    ids: list[Tensor] = []
-    positions: list[Tensor] = []
-    weights: list[float] = []
-    part_targets, start = [], 0
-    for part in parts:
-        count = 0
-        for row in sorted(part.rows, key=lambda r: len(r.input_ids)):
-            tokens = torch.from_numpy(np.array(row.input_ids, dtype=np.int64))
-            where = torch.from_numpy(np.flatnonzero(np.asarray(row.loss_mask)[1:]))
-            ids.append(tokens)
-            positions.append(where + start)
-            count += len(where)
-            start += len(tokens)
-        weights += [part.weight] * count
-        part_targets.append(count)
-    flat, where = torch.cat(ids), torch.cat(positions)
+    """Lay the parts one after another. Within a part, rows go by length, so that equal lengths share a product.
+
+    A row ends before its last target: what comes from there on predicts nothing, and nothing looks back at it.
+    """
+    laid = [sorted((_needed(row) for row in part.rows), key=lambda pair: len(pair[0])) for part in parts]
+    positions, targets, start = list[NDArray[np.int64]](), list[NDArray[np.int64]](), 0
+    for ids, where, wanted in (row for rows in laid for row in rows):
+        positions.append(where + start)
+        targets.append(wanted)
+        start += len(ids)
+    part_targets = [sum(len(where) for _, where, _ in rows) for rows in laid]
     return FlatBatch(
-        input_ids=flat,
-        lengths=tuple(len(tokens) for tokens in ids),
+        input_ids=torch.from_numpy(np.concatenate([ids for rows in laid for ids, *_ in rows])),
+        lengths=tuple(len(ids) for rows in laid for ids, *_ in rows),
         slots=tuple(part.slot for part in parts),
         part_rows=tuple(len(part.rows) for part in parts),
         part_targets=tuple(part_targets),
-        part_prompts=tuple(_common_beginning(part.rows) for part in parts),
-        positions=where,
-        targets=flat[where + 1],
-        weights=torch.tensor(weights, dtype=torch.float64),
+        part_prompts=tuple(_common_beginning([ids for ids, *_ in rows]) for rows in laid),
+        positions=torch.from_numpy(np.concatenate(positions)),
+        targets=torch.from_numpy(np.concatenate(targets)),
+        weights=torch.from_numpy(np.repeat([part.weight for part in parts], part_targets).astype(np.float64)),
         dropout_keys=tuple(part.dropout_key for part in parts),
     )
 
 
-def _common_beginning(rows: Sequence[TrainRow]) -> int:
+def _needed(row: TrainRow) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """The ids that its targets depend on (one at least), where each target's prediction stands, and the targets."""
+    ids, where = np.asarray(row.input_ids, dtype=np.int64), np.flatnonzero(np.asarray(row.loss_mask)[1:])
+    return ids[: where[-1] + 1 if len(where) else 1], where, ids[where + 1]
+
+
+def _common_beginning(rows: Sequence[NDArray[np.int64]]) -> int:
     """Tokens with which all rows begin, or 0 where computing them once would save next to nothing."""
-    shortest = min(len(row.input_ids) for row in rows)
-    ids = np.stack([np.asarray(row.input_ids)[:shortest] for row in rows])
+    shortest = min(map(len, rows))
+    ids = np.stack([row[:shortest] for row in rows])
     differ = np.flatnonzero((ids != ids[0]).any(axis=0))
     common = int(differ[0]) if len(differ) else shortest
-    saved, tokens = common * (len(rows) - 1), sum(len(row.input_ids) for row in rows)
+    saved, tokens = common * (len(rows) - 1), sum(map(len, rows))
     return common if saved >= LEAST_SHARED * tokens else 0
 
 

@@ -166,7 +166,7 @@ def _low_gradients(
     for layer, grad, part, rank in zip(layers, grads, h.split(ranks, dim=1), ranks, strict=True):
         low.append(groups.product(grad, joint.transposed_B(layer, rank, x).mT))
         grads_B.append(_to_slots(groups.outer_product(part, grad), slots, layer.lora_B))
-    joined = low[0] if len(low) == 1 else torch.cat(low, dim=1)
+    joined = groups.join(low)
     groups.scale(joined, scales)
     mask = joined_mask(layers[0].segments, x)
     parts = groups.outer_product(joined, x if mask is None else x * mask).split(ranks, dim=1)

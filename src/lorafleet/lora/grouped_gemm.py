@@ -82,9 +82,10 @@ def _addresses(operand: Operand) -> "ctypes.Array[ctypes.c_int64]":
 
 
 def readable(matrices: Tensor) -> Tensor:
-    """The tensor itself where its rows lie one behind another with their numbers side by side, or a copy that does."""
-    row, column = matrices.stride()[-2:]
-    return matrices if column == 1 and row >= matrices.shape[-1] else matrices.contiguous()
+    """The tensor itself where its rows or its columns have their numbers side by side, or a copy that does."""
+    (row, column), (rows, columns) = matrices.stride()[-2:], matrices.shape[-2:]
+    fits = (column == 1 and row >= columns) or (row == 1 and column >= rows)
+    return matrices if fits else matrices.contiguous()
 
 
 def has_grouped_gemm(like: Tensor) -> bool:
