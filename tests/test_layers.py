@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "lorafleet"
-LAYERS = ["errors", "config", "lora", "models", "files", "data", "generation", "evaluation", "methods", "training"]
+LAYERS = ["errors", "config", "lora", "models", "files", "methods", "data", "generation", "evaluation", "training"]
 LAYERS += ["search", "comparison", "registry", "fleet", "serving", "export", "cli"]
 FILES = sorted(SOURCE.rglob("*.py"))
 

@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lorafleet.comparison.run import compare
     from lorafleet.config import LoraConfig
     from lorafleet.data.run import inspect_data
     from lorafleet.evaluation.run import evaluate
@@ -33,6 +34,7 @@ __all__ = [
     "LoraLinear",
     "Routing",
     "__version__",
+    "compare",
     "doctor",
     "evaluate",
     "generate",
@@ -49,6 +51,7 @@ _HOMES = {
     "LoraConfig": "lorafleet.config",
     "LoraLinear": "lorafleet.lora",
     "Routing": "lorafleet.lora",
+    "compare": "lorafleet.comparison.run",
     "doctor": "lorafleet.models.machine",
     "evaluate": "lorafleet.evaluation.run",
     "generate": "lorafleet.generation.run",

@@ -78,7 +78,7 @@ def test_folders_that_cannot_be_understood(tmp_path: Path, names: list[str], rea
         ("", "data is empty"),
         (
             "sample:movie_polarty",
-            "there is no sample 'movie_polarty'; there are movie_polarity; did you mean 'movie_polarity'",
+            "there is no sample 'movie_polarty'; there are general_chat, movie_polarity; did you mean 'movie_polarity'",
         ),
         ("movie_polarity", "did you mean sample:movie_polarity"),
         ("{folder}/notes.txt", "the suffix .txt is not known"),
@@ -99,7 +99,7 @@ def test_the_content_hash_follows_names_and_bytes_not_the_place(tmp_path: Path) 
 
 
 def test_the_packaged_sample_has_three_splits_and_its_attribution() -> None:
-    assert sample_names() == ["movie_polarity"]
+    assert sample_names() == ["general_chat", "movie_polarity"]
     source = find_source("sample:movie_polarity")
     counts = {name: sum(1 for _ in split.records()) for name, split in source.splits.items()}
     assert counts == {"train": 2300, "valid": 332, "test": 500}

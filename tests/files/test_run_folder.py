@@ -12,7 +12,7 @@ import lorafleet
 from lorafleet.config import LoraConfig
 from lorafleet.errors import CheckpointError
 from lorafleet.files.checkpoint import save_checkpoint
-from lorafleet.files.run_folder import METRICS, SETTINGS, clear_run, model_card, open_run, provenance
+from lorafleet.files.run_folder import METRICS, SETTINGS, clear_run, lora_shape, model_card, open_run, provenance
 
 
 def checkpoint(folder: Path, step: int) -> Path:
@@ -165,7 +165,7 @@ def test_model_card_is_yaml_and_tables_of_what_was_measured() -> None:
     card = model_card(
         title="first | run",
         base_name="/somewhere/private/my-base",
-        lora=LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]),
+        shape=lora_shape(LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])),
         data="reviews: 'quoted' & 100 rows",
         metrics_before={"loss": 3.25, "accuracy": 0.5},
         metrics={"loss": 1.5, "accuracy": 0.75, "macro_f1": 0.7},

@@ -11,6 +11,7 @@ from lorafleet.config.training import RunConfig, TrainingConfig
 from lorafleet.errors import AdapterError, ConfigError, RoutingError
 from lorafleet.evaluation.token_loss import LossModel
 from lorafleet.lora import Routing
+from lorafleet.lora.slots import answering
 from lorafleet.methods.peft_method import PeftMethod
 from lorafleet.methods.peft_options import peft_config, peft_types, prepends
 from lorafleet.training.loop import Population
@@ -49,9 +50,8 @@ def padded_loss(model: torch.nn.Module, rows: list[Row]) -> Tensor:
 
 
 def logits_of(method: PeftMethod, ids: Tensor) -> Tensor:
-    if method.padded_logits is not None:
-        return method.padded_logits(ids, torch.ones_like(ids))
-    return method.model(ids).logits
+    model = answering(method.model, method)
+    return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -ids.shape[1] :]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -16,11 +16,13 @@ from lorafleet.cli.output import print_json, reporting
 from lorafleet.cli.quickstart import KNOBS, quickstart
 from lorafleet.config import (
     AdapterConfig,
+    CompareConfig,
     DataConfig,
     EvaluationConfig,
     GenerationConfig,
     LoraConfig,
     MergeConfig,
+    MethodConfig,
     ModelConfig,
     PromptConfig,
     RunConfig,
@@ -77,11 +79,12 @@ COMMANDS = (
     Command(
         "train",
         "train",
-        "Fine-tune a LoRA adapter on a frozen base model.",
-        (ModelConfig, DataConfig, LoraConfig, TrainingConfig, ValidationConfig, RunConfig),
+        "Fine-tune a model: a LoRA adapter on a frozen base, or another method.",
+        (ModelConfig, DataConfig, MethodConfig, LoraConfig, TrainingConfig, ValidationConfig, RunConfig),
         examples=(
             "lorafleet train --model smollm2-135m --data rows.jsonl --output-dir runs/first",
             "lorafleet train run.yml --learning-rate 1e-4 --r 16 --no-load-best-model-at-end",
+            "lorafleet train run.yml --method prefix:num_virtual_tokens=20",
             "lorafleet train run.yml --resume-from-checkpoint",
         ),
     ),
@@ -95,6 +98,16 @@ COMMANDS = (
             "lorafleet tune search.yml --space classic",
             "lorafleet tune run.yml --space '{learning_rate: {log: [1e-4, 3e-3]}, r: [4, 16]}' --n-trials 12",
             "lorafleet tune search.yml --resume-from-checkpoint",
+        ),
+    ),
+    Command(
+        "compare",
+        "compare",
+        "Measure methods beside each other: LoRA, full fine-tuning, prefix tuning, bottleneck adapters …",
+        (ModelConfig, DataConfig, LoraConfig, TrainingConfig, ValidationConfig, RunConfig, CompareConfig),
+        examples=(
+            "lorafleet compare --model smollm2-135m --data rows.jsonl --max-steps 60 --output-dir runs/methods",
+            "lorafleet compare methods.yml --methods lora:r=8,dora:r=8,ia3",
         ),
     ),
     Command(

@@ -14,6 +14,7 @@ from lorafleet.search.space import in_words
 
 if TYPE_CHECKING:
     from lorafleet.cli.quickstart import QuickstartResult
+    from lorafleet.comparison.result import CompareResult
     from lorafleet.data.report import DataReport
     from lorafleet.evaluation.run import EvalResult
     from lorafleet.export.merged import MergeResult
@@ -26,12 +27,13 @@ if TYPE_CHECKING:
 def train(result: "TrainResult") -> None:
     """The base beside the adapter, then what was trained and what to do next."""
     rows = ", ".join(f"{count:,} {name}" for name, count in result.rows.items())
+    what = "model" if result.method == "full" else "adapter"
     put(
-        comparison({"base": result.metrics_before, "adapter": result.metrics}),
+        comparison({"base": result.metrics_before, what: result.metrics}),
         facts(
             [
-                ("adapter", result.adapter),
-                ("steps", f"{result.steps:,}, the adapter of step {result.best_step:,}"),
+                (what, result.adapter),
+                ("steps", f"{result.steps:,}, the {what} of step {result.best_step:,}"),
                 ("rows", rows),
                 ("tokens", f"{result.tokens:,} processed, {result.trained_tokens:,} trained"),
                 ("training loss", f"{result.train_loss:.4f}"),
@@ -42,9 +44,23 @@ def train(result: "TrainResult") -> None:
             ]
         ),
         "",
-        f"Try it:  lorafleet generate --adapter {result.adapter} --prompt ...",
-        f"Test it: lorafleet eval --adapter {result.adapter} --data ...",
+        f"Try it:  lorafleet generate --{what} {result.adapter} --prompt ...",
+        f"Test it: lorafleet eval --{what} {result.adapter} --data ...",
     )
+
+
+def compare(result: "CompareResult") -> None:
+    """The five tables of the report, and what they say."""
+    from lorafleet.comparison.conclusion import conclusion
+    from lorafleet.comparison.report import tables
+
+    parts: list[Table | str] = []
+    for title, (head, rows) in tables(result).items():
+        table = Table(*head, title=title, title_justify="left")
+        for row in rows:
+            table.add_row(*row)
+        parts += [table, ""]
+    put(*parts, *conclusion(result), "", f"The report: {result.output_dir}/report.html")
 
 
 def evaluate(result: "EvalResult") -> None:

@@ -1,9 +1,11 @@
 """Every knob, declared once with type, unit and reason; YAML in and out. Imports no torch."""
 
+from lorafleet.config.compare import CompareConfig
 from lorafleet.config.data import DataConfig
 from lorafleet.config.knob import Section, knob, other_names, switches
 from lorafleet.config.load import dump_sections, known_names, load_sections
 from lorafleet.config.lora import LoraConfig
+from lorafleet.config.method import MethodConfig
 from lorafleet.config.model import ModelConfig
 from lorafleet.config.search import SearchConfig
 from lorafleet.config.training import RunConfig, TrainingConfig, ValidationConfig
@@ -11,11 +13,13 @@ from lorafleet.config.use import AdapterConfig, EvaluationConfig, GenerationConf
 
 __all__ = [
     "AdapterConfig",
+    "CompareConfig",
     "DataConfig",
     "EvaluationConfig",
     "GenerationConfig",
     "LoraConfig",
     "MergeConfig",
+    "MethodConfig",
     "ModelConfig",
     "PromptConfig",
     "RunConfig",

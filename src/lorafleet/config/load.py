@@ -17,6 +17,7 @@ C = TypeVar("C", bound=Section)
 D = TypeVar("D", bound=Section)
 E = TypeVar("E", bound=Section)
 F = TypeVar("F", bound=Section)
+G = TypeVar("G", bound=Section)
 
 Source = Mapping[str, Any] | str | os.PathLike[str] | None
 
@@ -49,6 +50,12 @@ def load_sections(
 def load_sections(
     sections: tuple[type[A], type[B], type[C], type[D], type[E], type[F]], source: Source, knobs: Mapping[str, Any]
 ) -> tuple[A, B, C, D, E, F]: ...
+@overload
+def load_sections(
+    sections: tuple[type[A], type[B], type[C], type[D], type[E], type[F], type[G]],
+    source: Source,
+    knobs: Mapping[str, Any],
+) -> tuple[A, B, C, D, E, F, G]: ...
 @overload
 def load_sections(
     sections: tuple[type[Section], ...], source: Source, knobs: Mapping[str, Any]

@@ -17,6 +17,7 @@ from lorafleet.evaluation.label_search import LabelSearch, LabelTrie, build_trie
 from lorafleet.generation.decode import route_rows
 from lorafleet.generation.pace import Pace
 from lorafleet.lora import Slots
+from lorafleet.lora.slots import answering
 from lorafleet.models.load import Base
 
 logger = logging.getLogger(__name__)
@@ -102,7 +103,8 @@ def label_log_probs(
         ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=base.device)
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=base.device)
         with torch.no_grad(), route_rows(bank, [slot] * len(rows)):
-            logits = base.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            model = answering(base.model, bank)
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, -width:]
         for (p, q), row_logits, row in zip(chosen, logits, rows, strict=True):
             first = len(prompts[p])
             log_probs = _wide(row_logits[first - 1 : len(row) - 1]).log_softmax(-1)
@@ -235,6 +237,8 @@ def _checked_scorer(
     prompt: Sequence[int],
 ) -> TreeScorer | None:
     """A scorer, if it agrees with a whole sequence on ``prompt``; none if the model cannot be scored along a tree."""
+    if answering(base.model, bank) is not base.model:
+        return None  # virtual tokens stand before each row
     try:
         scorer = TreeScorer(base, bank, slot, prompts, trie)
         found = scorer([prompt])[0]

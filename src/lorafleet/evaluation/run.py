@@ -20,6 +20,7 @@ from lorafleet.evaluation.measure import measure, prompt_of, references_of, shor
 from lorafleet.evaluation.metrics import majority, mcnemar
 from lorafleet.files.adapter import Adapter
 from lorafleet.files.atomic import write_text
+from lorafleet.files.method import SavedMethod
 from lorafleet.generation.adapted import Adapted, as_trained, load_adapted
 from lorafleet.lora import BASE_ONLY
 from lorafleet.models.machine import keep_large_allocations
@@ -180,7 +181,7 @@ def _check_knobs(adapter: AdapterConfig, settings: EvaluationConfig) -> None:
         raise ConfigError(f"predictions = {settings.predictions!r} is a folder; name a file")
 
 
-def _trained_on(source: Source, config: DataConfig, adapter: Adapter | None) -> bool:
+def _trained_on(source: Source, config: DataConfig, adapter: Adapter | SavedMethod | None) -> bool:
     if adapter is None:
         return False
     trained = adapter.metadata.get("data", {}).get("data")
@@ -188,14 +189,14 @@ def _trained_on(source: Source, config: DataConfig, adapter: Adapter | None) -> 
     return same_path or adapter.metadata.get("source_hash") == source.bytes_hash
 
 
-def _other_knobs(config: DataConfig, adapter: Adapter | None) -> str:
+def _other_knobs(config: DataConfig, adapter: Adapter | SavedMethod | None) -> str:
     """The knobs of holding out that differ from the adapter's training, with the values they had there."""
     trained = adapter.metadata.get("data", {}) if adapter is not None else {}
     differing = [key for key in _HELD_OUT_BY if key in trained and getattr(config, key) != trained[key]]
     return ", ".join(f"{key} = {trained[key]!r}" for key in differing)
 
 
-def _label_warnings(data: Data, adapter: Adapter | None) -> list[str]:
+def _label_warnings(data: Data, adapter: Adapter | SavedMethod | None) -> list[str]:
     trained = adapter.metadata.get("labels") if adapter is not None else None
     if data.task != "label" or not trained or list(data.labels) == list(trained):
         return []

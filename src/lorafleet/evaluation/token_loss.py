@@ -18,6 +18,7 @@ from lorafleet.generation.pace import Pace
 from lorafleet.lora import Routing, Slots
 from lorafleet.lora.layer import mix_key
 from lorafleet.lora.packed import PackedWeight, pack
+from lorafleet.lora.slots import answering
 from lorafleet.models.attention import FlatLayout, flat_inputs, use_flat_attention
 from lorafleet.models.shared_prompts import SharedPrompts
 
@@ -98,14 +99,15 @@ class LossModel:
         model: A causal language model of transformers.
         bank: Its slots, or none for the bare base.
         pad_id: Id that fills padded batches.
+        padded: Use padded batches even where flat ones work.
     """
 
-    def __init__(self, model: PreTrainedModel, bank: Slots | None, pad_id: int) -> None:
+    def __init__(self, model: PreTrainedModel, bank: Slots | None, pad_id: int, *, padded: bool = False) -> None:
         self.model, self.bank, self.pad_id = model, bank, pad_id
         self.device = next(model.parameters()).device
         with torch.no_grad(), bank.disabled() if bank else nullcontext():
-            own = bank is not None and bank.padded_logits is not None
-            self.flat = not own and use_flat_attention(model)
+            own = bank is not None and bank.padded_model is not None
+            self.flat = not own and not padded and use_flat_attention(model)
             self.decoder = None if own else self._plain_decoder()
         self._packed_head: PackedWeight | None = None
 
@@ -174,11 +176,8 @@ class LossModel:
     def _model_logits(self, inputs: dict[str, Any], positions: Tensor) -> Tensor:
         if self.flat and self.bank is None:
             return cast(Tensor, self.model(**inputs, logits_to_keep=positions).logits)[0]
-        if self.bank is not None and self.bank.padded_logits is not None:
-            logits = self.bank.padded_logits(inputs["input_ids"], inputs["attention_mask"])
-        else:
-            logits = self.model(**inputs).logits
-        return logits.flatten(0, 1).index_select(0, positions)
+        logits = answering(self.model, self.bank)(**inputs).logits[:, -inputs["input_ids"].shape[1] :]
+        return cast(Tensor, logits).flatten(0, 1).index_select(0, positions)
 
     def _route(self, routing: Routing) -> AbstractContextManager[None]:
         return self.bank.route(routing) if self.bank else nullcontext()
@@ -205,6 +204,18 @@ class LossModel:
     ) -> Tensor:
         with self._route(routing):
             return F.cross_entropy(head(hidden).to(dtype), targets, reduction="none")
+
+
+def row_losses(loss_model: LossModel, rows: Sequence[TrainRow], slot: int, batch_size: int) -> list[tuple[float, int]]:
+    """Summed cross-entropy in nats, and number of supervised tokens, of every row, without gradients."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].input_ids))
+    found: dict[int, tuple[float, int]] = {}
+    with torch.no_grad():
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            batch = collate([Part(slot, [rows[i]]) for i in chosen])
+            found.update(zip(chosen, zip(loss_model(batch).parts, batch.part_targets, strict=True), strict=True))
+    return [found[i] for i in range(len(rows))]
 
 
 def mean_losses(

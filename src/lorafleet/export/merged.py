@@ -2,19 +2,14 @@
 
 import gc
 import logging
-import os
-import secrets
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import PreTrainedModel
 
 from lorafleet.config.load import load_sections
 from lorafleet.config.model import ModelConfig
@@ -23,10 +18,11 @@ from lorafleet.errors import AdapterError, ConfigError, LorafleetError, raise_al
 from lorafleet.export.unwrap import changed_tensors, digests, unwrap
 from lorafleet.export.verification import Expected, Verdict, logits_of, probe_ids, relative, verify
 from lorafleet.files.adapter import Adapter, load_adapter
-from lorafleet.files.atomic import sync_folder, write_json
+from lorafleet.files.atomic import write_json
+from lorafleet.files.method import saved_kind
+from lorafleet.files.model_folder import new_folder, save_model, sync_tree
 from lorafleet.generation.adapted import base_of, load_adapted
-from lorafleet.lora import inject_lora, without_absent
-from lorafleet.models.gguf import quiet_transformers
+from lorafleet.lora import LoraBank, inject_lora, without_absent
 from lorafleet.models.load import Base, load_base, load_meta_model, read_config
 from lorafleet.models.machine import available_memory_bytes
 from lorafleet.models.source import find_source
@@ -112,12 +108,12 @@ def merge(config: Mapping[str, Any] | str | Path | None = None, /, **knobs: Any)
     """
     started = time.perf_counter()
     plan = plan_merge(*load_sections(SECTIONS, config, knobs))
-    with _new_folder(plan.output_dir) as temporary:
+    with new_folder(plan.output_dir) as temporary:
         expected = write_merged(plan, temporary)
         gc.collect()  # the first copy of the model goes before the second comes
         verdict = verify(_reload(plan, temporary), expected)
         write_json(temporary / RECORD, _record(plan, expected, verdict))
-        _sync(temporary)
+        sync_tree(temporary)
     logger.info("merged model in %s: logits within %.1e of the adapter's", plan.output_dir, verdict.logits_difference)
     return MergeResult(
         output_dir=str(plan.output_dir),
@@ -146,6 +142,8 @@ def plan_merge(model: ModelConfig, adapter_config: AdapterConfig, merging: Merge
     if adapter_config.adapter is None:
         raise ConfigError("adapter is required: name the folder of the adapter to merge")
     folder, output_dir = Path(adapter_config.adapter), Path(merging.output_dir)
+    if (kind := saved_kind(folder)) != "lora":
+        raise ConfigError(f"the adapter in {folder} is {kind}; merging folds LoRA into its base, nothing else")
     adapter = load_adapter(folder)
     model = base_of(model, adapter, folder)
     source = find_source(model)
@@ -178,7 +176,7 @@ def write_merged(plan: MergePlan, folder: Path) -> Expected:
     """
     adapted = load_adapted(plan.model, plan.adapter)
     base, bank = adapted.base, adapted.bank
-    assert bank is not None  # a plan has an adapter
+    assert isinstance(bank, LoraBank)  # a plan has an adapter, of LoRA
     probe = probe_ids(base)
     precision = _checking_precision(base, plan.parameters)
     base.model.to(dtype=precision)  # type: ignore[call-arg]
@@ -197,10 +195,7 @@ def write_merged(plan: MergePlan, folder: Path) -> Expected:
     untied = unwrap(base.model, bank, adapted.slot)
     logger.info("%d of %d tensors changed; writing %s", len(changed), len(before), plan.dtype)
     base.model.to(dtype=plan.dtype)  # type: ignore[call-arg]
-    _settle_generation_config(base.model)
-    with quiet_transformers():
-        base.model.save_pretrained(folder)
-    base.tokenizer.save_pretrained(folder)
+    save_model(base.model, base.tokenizer, folder)
     return Expected(
         base_name=base.name,
         base_hash=base.weights_hash,
@@ -265,17 +260,6 @@ def _written_dtype(model: ModelConfig, merging: MergeConfig) -> torch.dtype:
     return stored if stored in (torch.bfloat16, torch.float16) else torch.float32
 
 
-def _settle_generation_config(model: PreTrainedModel) -> None:
-    """Sampling settings without ``do_sample``, which some models carry, would make transformers refuse to save."""
-    settings = model.generation_config
-    if settings is None:
-        return
-    try:
-        settings.validate(strict=True)
-    except ValueError:
-        settings.do_sample = True
-
-
 def _record(plan: MergePlan, expected: Expected, verdict: Verdict) -> dict[str, Any]:
     return {
         "base": expected.base_name,
@@ -292,43 +276,3 @@ def _record(plan: MergePlan, expected: Expected, verdict: Verdict) -> dict[str, 
 def _existing(path: Path) -> Path:
     path = path.absolute()
     return path if path.exists() else _existing(path.parent)
-
-
-@contextmanager
-def _new_folder(output_dir: Path) -> Iterator[Path]:
-    """A temporary folder beside ``output_dir``; takes its place when the ``with`` block ends well, else vanishes."""
-    output_dir = output_dir.absolute()
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    token = secrets.token_hex(4)
-    temporary, old = (output_dir.with_name(f".{output_dir.name}.{token}.{kind}") for kind in ("tmp", "old"))
-    temporary.mkdir()
-    try:
-        yield temporary
-        if output_dir.exists():
-            os.replace(output_dir, old)
-        try:
-            os.replace(temporary, output_dir)
-        except OSError:
-            if old.exists():
-                os.replace(old, output_dir)
-            raise
-        sync_folder(output_dir.parent)
-    except BaseException as error:
-        shutil.rmtree(temporary)
-        if isinstance(error, OSError | SafetensorError):
-            raise AdapterError(f"cannot write the merged model to {output_dir}: {error}") from error
-        raise
-    if old.exists():
-        shutil.rmtree(old)
-
-
-def _sync(folder: Path) -> None:
-    """Flush what transformers wrote to disk, so that the rename does not come before the contents."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
-    sync_folder(folder)

@@ -1,36 +1,26 @@
 """Adapters on disk, in PEFT's format, both directions.
 
-    adapter_config.json         PEFT's own
-    adapter_model.safetensors   PEFT's names: base_model.model.<module>.lora_A.weight (r, in), .lora_B.weight (out, r)
-    lorafleet.json              ours: where it came from, and the SHA-256 of the two above; written last
-
-Reading runs nothing: no pickle, no code that a file names, no path that leaves the folder.
+adapter_config.json         PEFT's own
+adapter_model.safetensors   PEFT's names: base_model.model.<module>.lora_A.weight (r, in), .lora_B.weight (out, r)
+lorafleet.json              ours: where it came from, and the SHA-256 of the two above; written last
 """
 
-import hashlib
-import json
-import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load
 from torch import Tensor
 
 from lorafleet.config.lora import LoraConfig
 from lorafleet.errors import AdapterError, raise_all
 from lorafleet.files.adapter_tensors import in_order, tensor_faults
-from lorafleet.files.atomic import json_bytes, tensor_bytes, write_files
+from lorafleet.files.atomic import json_bytes, tensor_bytes
+from lorafleet.files.manifest import read_json, read_tensors, write_with_manifest
 from lorafleet.files.peft_config import from_peft, to_peft
 
-logger = logging.getLogger(__name__)
-
-CONFIG, WEIGHTS, MANIFEST = "adapter_config.json", "adapter_model.safetensors", "lorafleet.json"
-_FORMAT = 1
-_MAX_JSON_BYTES = 16 << 20
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PICKLED = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 
 
@@ -83,13 +73,7 @@ def save_adapter(
     config = config.as_plain()
     raise_all(AdapterError, tensor_faults(config, tensors), "the adapter cannot be saved")
     peft = to_peft(config, tensors, base_name=base_name, base_revision=base_revision, fan_in_fan_out=fan_in_fan_out)
-    contents = {WEIGHTS: tensor_bytes(tensors), CONFIG: json_bytes(peft)}
-    hashes = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
-    contents[MANIFEST] = json_bytes({"format": _FORMAT, "sha256": hashes, "metadata": dict(metadata)})
-    try:
-        write_files(folder, contents)
-    except OSError as error:
-        raise AdapterError(f"cannot write the adapter to {folder}: {error.strerror or error}") from error
+    write_with_manifest(folder, {WEIGHTS: tensor_bytes(tensors), CONFIG: json_bytes(peft)}, metadata)
 
 
 def load_adapter(folder: str | os.PathLike[str]) -> Adapter:
@@ -106,13 +90,10 @@ def load_adapter(folder: str | os.PathLike[str]) -> Adapter:
     folder = Path(folder)
     if not folder.is_dir():
         raise AdapterError(f"there is no adapter folder at {folder}")
-    peft = read_peft_config(folder)
-    data = _read_weights(folder)
-    metadata = _verified_metadata(folder, {CONFIG: _read(folder, CONFIG, _MAX_JSON_BYTES), WEIGHTS: data})
-    try:
-        tensors = in_order(load(data))
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise AdapterError(f"{folder / WEIGHTS} is damaged: {error}; copy or download it again") from error
+    peft = read_json(folder, CONFIG)
+    refuse_pickled(folder)
+    tensors, metadata = read_tensors(folder, WEIGHTS, CONFIG)
+    tensors = in_order(tensors)
     config, faults = from_peft(peft, tensors)
     if config is not None:
         faults += tensor_faults(config, tensors)
@@ -121,70 +102,15 @@ def load_adapter(folder: str | os.PathLike[str]) -> Adapter:
     return Adapter(config, tensors, peft.get("base_model_name_or_path"), peft.get("revision"), metadata)
 
 
-def read_peft_config(folder: Path) -> dict[str, Any]:
-    """Read ``adapter_config.json`` as PEFT wrote it.
+def refuse_pickled(folder: Path) -> None:
+    """Say what to do about an adapter of which there are pickled tensors only.
 
     Raises:
-        AdapterError: It is missing, no JSON object, or a link out of the folder.
+        AdapterError: It is one.
     """
-    try:
-        value = json.loads(_read(folder, CONFIG, _MAX_JSON_BYTES))
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{folder / CONFIG} is no valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise AdapterError(f"{folder / CONFIG} holds a JSON {type(value).__name__}; an object is expected")
-    return value
-
-
-def _read_weights(folder: Path) -> bytes:
-    if not (folder / WEIGHTS).exists():
-        pickled = [name for name in _PICKLED if (folder / name).exists()]
-        if pickled:
-            raise AdapterError(
-                f"{folder / pickled[0]} is pickled: reading it can run code, so it is refused. If you trust it, load "
-                "it with PEFT and save_pretrained it again; that writes adapter_model.safetensors"
-            )
-    return _read(folder, WEIGHTS)
-
-
-def _read(folder: Path, name: str, limit: int | None = None) -> bytes:
-    """The bytes of a regular file that lies in ``folder``, links followed."""
-    path = folder / name
-    if not path.exists():
-        what = "is a link to nothing" if path.is_symlink() else "is missing"
-        raise AdapterError(f"{path} {what}; an adapter has {CONFIG} and {WEIGHTS}")
-    real, root = path.resolve(), _root(folder)
-    if not real.is_relative_to(root):
-        raise AdapterError(f"{path} is a link to {real}, outside its folder; copy the file itself (cp -rL)")
-    if not real.is_file():
-        raise AdapterError(f"{path} is no regular file")
-    if limit is not None and real.stat().st_size > limit:
-        raise AdapterError(f"{path} has {real.stat().st_size} bytes; more than {limit} is no adapter's config")
-    return real.read_bytes()
-
-
-def _root(folder: Path) -> Path:
-    """The folder that links may not leave. In the hub's cache, files are links to ``blobs`` beside ``snapshots``."""
-    real = folder.resolve()
-    repository = real.parent.parent
-    in_cache = real.parent.name == "snapshots" and repository.name.startswith("models--")
-    return repository if in_cache else real
-
-
-def _verified_metadata(folder: Path, contents: Mapping[str, bytes]) -> dict[str, Any]:
-    """What ``lorafleet.json`` records, after the hashes in it were compared; empty where there is none."""
-    if not (folder / MANIFEST).exists():
-        return {}
-    try:
-        manifest = json.loads(_read(folder, MANIFEST, _MAX_JSON_BYTES))
-        form, hashes, metadata = manifest["format"], dict(manifest["sha256"]), dict(manifest["metadata"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise AdapterError(f"{folder / MANIFEST} is damaged: {type(error).__name__}: {error}") from error
-    if form != _FORMAT:
-        raise AdapterError(f"{folder / MANIFEST} has format {form!r}; this release reads format {_FORMAT}")
-    changed = [n for n, data in contents.items() if hashes.get(n) != hashlib.sha256(data).hexdigest()]
-    faults = [f"{folder / name} is not the file that was saved: its SHA-256 differs" for name in changed]
-    if faults:
-        faults[-1] += f"; restore it, or delete {MANIFEST} if the change was meant"
-    raise_all(AdapterError, faults, f"the adapter in {folder} was changed")
-    return metadata
+    pickled = [name for name in _PICKLED if (folder / name).exists()]
+    if pickled and not (folder / WEIGHTS).exists():
+        raise AdapterError(
+            f"{folder / pickled[0]} is pickled: reading it can run code, so it is refused. If you trust it, load "
+            "it with PEFT and save_pretrained it again; that writes adapter_model.safetensors"
+        )

@@ -16,9 +16,11 @@ from filelock import FileLock, Timeout
 import lorafleet
 from lorafleet.config.lora import LoraConfig
 from lorafleet.errors import CheckpointError
-from lorafleet.files.adapter import CONFIG, MANIFEST, WEIGHTS
+from lorafleet.files.adapter import CONFIG, WEIGHTS
 from lorafleet.files.checkpoint import MANIFEST as CHECKPOINT_MANIFEST
 from lorafleet.files.checkpoint import load_checkpoint, newest_checkpoint
+from lorafleet.files.manifest import MANIFEST
+from lorafleet.files.method import METHOD, METHOD_WEIGHTS
 from lorafleet.models.machine import package_versions
 
 logger = logging.getLogger(__name__)
@@ -26,7 +28,7 @@ logger = logging.getLogger(__name__)
 SETTINGS, METRICS, RESULT, CARD = "lorafleet.yaml", "metrics.jsonl", "result.json", "README.md"
 _MARKS = (CONFIG, METRICS, SETTINGS)  # any of these means that a run was here
 _OWN = (
-    *(*_MARKS, WEIGHTS, MANIFEST, CARD, "provenance.json", RESULT, "loss.png"),
+    *(*_MARKS, WEIGHTS, MANIFEST, METHOD, METHOD_WEIGHTS, CARD, "provenance.json", RESULT, "loss.png"),
     *("chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("study.db", "study.db.lock", "report.md", "report.html"),
 )
@@ -106,7 +108,7 @@ def _own_checkpoint(output_dir: Path, has_run: bool) -> Path | None:
     checkpoint = newest_checkpoint(output_dir)
     if checkpoint is None and not has_run:
         raise CheckpointError(f"there is no run to resume in {output_dir}; start one without resume_from_checkpoint")
-    if checkpoint is None and any((output_dir / name).exists() for name in (CONFIG, RESULT)):
+    if checkpoint is None and any((output_dir / name).exists() for name in (CONFIG, METHOD, RESULT)):
         raise CheckpointError(
             f"the run in {output_dir} is finished and has no checkpoint to go on from; "
             "--overwrite trains anew in its place"
@@ -134,7 +136,7 @@ def clear_run(output_dir: Path, keep: Path | None = None) -> None:
     for name in _OWN:
         (output_dir / name).unlink(missing_ok=True)
     folders = [*output_dir.glob("checkpoint-*"), *output_dir.glob(".checkpoint-*"), output_dir / "tensorboard"]
-    for pattern, mark in (("trials/*", MANIFEST), ("best", MANIFEST), ("workers/*", METRICS)):
+    for pattern, mark in (("trials/*", MANIFEST), ("best", MANIFEST), ("workers/*", METRICS), ("model", MANIFEST)):
         folders += [path.parent for path in output_dir.glob(f"{pattern}/{mark}")]
     for folder in folders:
         if folder.is_dir() and folder.resolve() != kept:
@@ -171,24 +173,26 @@ def model_card(
     *,
     title: str,
     base_name: str,
-    lora: LoraConfig,
+    shape: Mapping[str, object],
     data: str,
     metrics_before: Mapping[str, float],
     metrics: Mapping[str, float],
     facts: Mapping[str, object],
     made_by: Mapping[str, Any],
+    kind: str = "lora",
 ) -> str:
     """Write the README of an adapter, with measured numbers only.
 
     Args:
         title: Usually the run folder's name.
         base_name: The base's hub id, path or alias. Of a path only the last part is told.
-        lora: The adapter's config.
+        shape: What trained, as rows for the table of facts; see :func:`lora_shape`.
         data: What it was trained on, in words.
         metrics_before: The base's held-out numbers, by name.
         metrics: The adapter's, under the same names.
         facts: More rows for the table of facts, in this order, such as steps, tokens, seconds.
         made_by: ``provenance()``.
+        kind: The method that trained it.
 
     Returns:
         Markdown with the hub's YAML front matter.
@@ -196,38 +200,53 @@ def model_card(
     base = Path(base_name).name if Path(base_name).is_absolute() else base_name
     front = {
         "base_model": base,
-        "library_name": "peft",
+        "library_name": {"full": "transformers", **dict.fromkeys(("bottleneck", "bitfit"), "lorafleet")}.get(
+            kind, "peft"
+        ),
         "pipeline_tag": "text-generation",
-        "tags": ["lora", "lorafleet", f"base_model:adapter:{base}"],
+        "tags": [kind, "lorafleet", f"base_model:{'finetune' if kind == 'full' else 'adapter'}:{base}"],
     }
-    scale = lora.scaling(lora.r, lora.lora_alpha)
-    shape = {"r": lora.r, "lora_alpha": f"{lora.lora_alpha:g}", "effective scale": f"{scale:g}"}
-    if lora.takes_off_start:
-        shape |= {"start": lora.init_lora_weights, "saved as": f"plain LoRA of rank {lora.as_plain().r}"}
-    targets = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)
-    rows = {"base": base, "data": data, **shape, "target_modules": targets, **facts}
+    rows = {"base": base, "data": data, **shape, **facts}
     names = [*dict.fromkeys([*metrics_before, *metrics])]
     held_out = [[name, _number(metrics_before.get(name)), _number(metrics.get(name))] for name in names]
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
         f"# {_cell(title)}",
-        f"A LoRA adapter for `{base}`, trained with lorafleet {made_by['lorafleet']}.",
-        "## Held-out results\n\n" + _table(["", "base", "adapter"], held_out) if held_out else "",
+        f"{_WHAT.get(kind, f'A {kind} adapter for')} `{base}`, trained with lorafleet {made_by['lorafleet']}.",
+        "## Held-out results\n\n" + _table(["", "base", kind], held_out) if held_out else "",
         "## What it is\n\n" + _table(["", ""], [[name, _number(value)] for name, value in rows.items()]),
-        "## Use it\n\n" + _USE.format(base=base),
+        "## Use it\n\n" + _use(kind, base),
         f"Python {made_by['python']}, " + ", ".join(f"{k} {v}" for k, v in made_by["packages"].items() if v) + ".",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-_USE = """```python
+def lora_shape(lora: LoraConfig) -> dict[str, object]:
+    """What a LoRA adapter is, as rows of a model card."""
+    scale = lora.scaling(lora.r, lora.lora_alpha)
+    shape: dict[str, object] = {"r": lora.r, "lora_alpha": f"{lora.lora_alpha:g}", "effective scale": f"{scale:g}"}
+    if lora.takes_off_start:
+        shape |= {"start": lora.init_lora_weights, "saved as": f"plain LoRA of rank {lora.as_plain().r}"}
+    targets = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)
+    return shape | {"target_modules": targets}
+
+
+_WHAT = {"lora": "A LoRA adapter for", "full": "All weights of"}
+
+
+def _use(kind: str, base: str) -> str:
+    if kind == "full":
+        return '`lorafleet generate --model path/to/this/folder/model --prompt "..."`'
+    ours = '`lorafleet generate --adapter path/to/this/folder --prompt "..."`'
+    return ours if kind in ("bottleneck", "bitfit") else f"{_USE_PEFT.format(base=base)}\n\nOr: {ours}"
+
+
+_USE_PEFT = """```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "path/to/this/folder")
-```
-
-Or: `lorafleet generate --adapter path/to/this/folder --prompt "..."`"""
+```"""
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:

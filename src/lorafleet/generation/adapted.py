@@ -11,7 +11,9 @@ from lorafleet.config.model import ModelConfig
 from lorafleet.config.use import AdapterConfig
 from lorafleet.errors import AdapterError, ConfigError, ModelError, raise_all
 from lorafleet.files.adapter import Adapter, load_adapter
-from lorafleet.lora import BASE_ONLY, LoraBank, inject_lora, without_absent
+from lorafleet.files.method import SavedMethod, load_method, saved_kind
+from lorafleet.lora import BASE_ONLY, Slots
+from lorafleet.methods.saved import restore
 from lorafleet.models.load import Base, load_base
 
 logger = logging.getLogger(__name__)
@@ -27,13 +29,13 @@ class Adapted:
 
     Attributes:
         base: The base; its tokenizer has the chat template that the adapter was trained with.
-        bank: The bank with the adapter in slot 0; none for the bare base.
+        bank: The adapter, in slot 0; none for the bare base.
         adapter: What was read from the adapter's folder.
     """
 
     base: Base
-    bank: LoraBank | None = None
-    adapter: Adapter | None = None
+    bank: Slots | None = None
+    adapter: Adapter | SavedMethod | None = None
 
     @property
     def slot(self) -> int:
@@ -58,16 +60,14 @@ def load_adapted(model: ModelConfig, config: AdapterConfig, chat_template: str |
         base = load_base(model)
         return Adapted(_with_template(base, chat_template, None))
     folder = Path(config.adapter)
-    adapter = load_adapter(folder)
+    adapter = load_adapter(folder) if saved_kind(folder) == "lora" else load_method(folder)
     base = _load_its_base(base_of(model, adapter, folder), named=model.model_name_or_path is not None, folder=folder)
     if config.check_base:
         raise_all(AdapterError, mismatches(adapter, base), f"the adapter in {folder} was not trained on this base")
-    bank = inject_lora(base.model, without_absent(base.model, adapter.config))
-    bank.load_state_dict(0, adapter.tensors)
-    return Adapted(_with_template(base, chat_template, folder), bank, adapter)
+    return Adapted(_with_template(base, chat_template, folder), restore(base.model, adapter), adapter)
 
 
-def base_of(model: ModelConfig, adapter: Adapter, folder: Path) -> ModelConfig:
+def base_of(model: ModelConfig, adapter: Adapter | SavedMethod, folder: Path) -> ModelConfig:
     """The base to load: the one that is named, else the one that the adapter names.
 
     Raises:
@@ -81,7 +81,7 @@ def base_of(model: ModelConfig, adapter: Adapter, folder: Path) -> ModelConfig:
     return model.model_copy(update=found)
 
 
-def mismatches(adapter: Adapter, base: Base) -> list[str]:
+def mismatches(adapter: Adapter | SavedMethod, base: Base) -> list[str]:
     """What an adapter's metadata says about its base that this base is not; nothing for an adapter without metadata."""
     remedy = "name the right model, or use the adapter anyway with check_base false"
     faults = []
@@ -98,7 +98,7 @@ def mismatches(adapter: Adapter, base: Base) -> list[str]:
     return faults
 
 
-def as_trained(section: S, adapter: Adapter | None, keys: Sequence[str]) -> S:
+def as_trained(section: S, adapter: Adapter | SavedMethod | None, keys: Sequence[str]) -> S:
     """Take knobs that nobody gave from the adapter's training, so that it is asked as it was trained."""
     trained = adapter.metadata.get("data", {}) if adapter is not None else {}
     taken = {key: trained[key] for key in keys if key in trained and key not in section.model_fields_set}

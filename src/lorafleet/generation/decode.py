@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,16 +58,13 @@ def generate_ids(
     keys = sampling_keys(config.seed, prompts, slots)
     answers: list[list[int]] = [[] for _ in prompts]
     pace = Pace("prompts answered", len(prompts))
-    by_length = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    for start in range(0, len(by_length), batch_size):
-        # Rows of one slot stand together, so that a layer does one product for each adapter.
-        chosen = sorted(by_length[start : start + batch_size], key=lambda i: slots[i])
+    for chosen in _batches(prompts, slots, batch_size, mixed=bank is None or bank.mixes_slots):
         ids, mask = pad_left([prompts[i] for i in chosen], base.tokenizer.pad_token_id, base.device)
-        width = ids.shape[1]
         with torch.no_grad(), route_rows(bank, [slots[i] for i in chosen]), _own_settings_only(base.model):
+            before = virtual_tokens(bank, ids, mask)
+            width = before["input_ids"].shape[1]
             output = base.model.generate(  # type: ignore[operator]
-                input_ids=ids,
-                attention_mask=mask,
+                **before,
                 logits_processor=processors(
                     config, [width - len(prompts[i]) for i in chosen], [keys[i] for i in chosen]
                 ),
@@ -77,6 +75,30 @@ def generate_ids(
             answers[i] = _until_stop(row, stops)
         pace.add(len(chosen))
     return answers
+
+
+def _batches(
+    prompts: Sequence[Sequence[int]], slots: Sequence[int], batch_size: int, *, mixed: bool
+) -> Iterator[list[int]]:
+    """Numbers of prompts of similar length; rows of one slot side by side, so that each layer multiplies them once."""
+    by_length = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    groups = [by_length] if mixed else [[i for i in by_length if slots[i] == slot] for slot in dict.fromkeys(slots)]
+    for group in groups:
+        for start in range(0, len(group), batch_size):
+            yield sorted(group[start : start + batch_size], key=lambda i: slots[i])
+
+
+def virtual_tokens(bank: Slots | None, ids: Tensor, mask: Tensor) -> dict[str, Any]:
+    """What ``generate`` of transformers takes for left-padded rows, by the routing in force.
+
+    Virtual tokens come as keys and values that are there already; ids that nobody looks at stand in their places.
+    """
+    cache = bank.virtual_cache(len(ids)) if bank is not None else None
+    if cache is None:
+        return {"input_ids": ids, "attention_mask": mask}
+    shape = (len(ids), cache.get_seq_length())
+    before = {"input_ids": torch.cat([ids.new_zeros(shape), ids], dim=1)}
+    return before | {"attention_mask": torch.cat([mask.new_ones(shape), mask], dim=1), "past_key_values": cache}
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,8 @@ class LoraBank:
     and stop requiring gradients.
     """
 
-    padded_logits = None
+    padded_model = None
+    mixes_slots = True
 
     def __init__(self, model: nn.Module, num_slots: int) -> None:
         self.model = model
@@ -274,6 +275,9 @@ class LoraBank:
         for name, (view, base) in views.items():
             value = tensors[name].to(device=view.device, dtype=view.dtype)
             view.copy_(value if base is None else value - base.to(view.dtype))
+
+    def virtual_cache(self, rows: int) -> None:
+        """None: nothing stands before rows."""
 
     def clear_gradients(self) -> None:
         """Forget the gradients of all slots."""

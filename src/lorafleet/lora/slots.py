@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -33,8 +33,21 @@ class Slots(Protocol):
     """Slots of one model and what each of them trains. :class:`LoraBank` is one; so is every other method."""
 
     @property
-    def padded_logits(self) -> Callable[[Tensor, Tensor], Tensor] | None:
-        """Logits ``(rows, time, vocabulary)`` of right-padded ids and their mask; none where the model gives them."""
+    def padded_model(self) -> nn.Module | None:
+        """What to call in the model's place, with padded ids and their mask; the last logits are those of the ids.
+
+        None where the model itself answers.
+        """
+
+    def virtual_cache(self, rows: int) -> Any:
+        """Keys and values of what stands before every row, by the routing in force, as a cache of transformers.
+
+        None where nothing does.
+        """
+
+    @property
+    def mixes_slots(self) -> bool:
+        """Whether rows of several slots, or of a slot and the base, can stand in one batch."""
 
     def slot_parameters(self, slot: int) -> dict[str, SlotParameter]:
         """What training may change for this slot, by a stable name."""
@@ -88,6 +101,11 @@ def load_parameters(parameters: Mapping[str, SlotParameter], tensors: Mapping[st
     raise_all(AdapterError, faults, "the tensors do not fit this model")
     for name, one in parameters.items():
         one.value.copy_(tensors[name])
+
+
+def answering(model: nn.Module, bank: Slots | None) -> nn.Module:
+    """What gives the logits of padded batches: the model, or what the slots put in its place."""
+    return model if bank is None or bank.padded_model is None else bank.padded_model
 
 
 def is_adapted(routing: Routing, what: str) -> bool:

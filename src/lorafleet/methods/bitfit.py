@@ -24,7 +24,8 @@ class BiasSlots:
         ModelError: It has no biases, as Llama and most models after it.
     """
 
-    padded_logits = None
+    padded_model = None
+    mixes_slots = True
 
     def __init__(self, model: PreTrainedModel, num_slots: int = 1) -> None:
         owners = {p: m for p, m in model.named_modules() if isinstance(getattr(m, "bias", None), nn.Parameter)}
@@ -62,6 +63,9 @@ class BiasSlots:
         for path, bias in self.biases.items():
             change = bias.change.detach()[slot]
             change.copy_(tensors[f"{path}.bias"].to(change) - bias.bias.to(change.dtype))
+
+    def virtual_cache(self, rows: int) -> None:
+        """None: nothing stands before rows."""
 
     def clear_gradients(self) -> None:
         """Forget the gradients of all slots."""

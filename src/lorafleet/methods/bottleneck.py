@@ -62,7 +62,8 @@ class BottleneckAdapter:
         ModelError: Its blocks have no last layer of attention and MLP that gives the hidden size.
     """
 
-    padded_logits = None
+    padded_model = None
+    mixes_slots = False
 
     def __init__(self, model: PreTrainedModel, config: BottleneckConfig, seed: int = 0) -> None:
         self.model, self.config, self.enabled = model.requires_grad_(False), config, True
@@ -99,6 +100,9 @@ class BottleneckAdapter:
             AdapterError: Tensors are missing, surplus or of the wrong shape; the message lists all of them.
         """
         load_parameters(self.slot_parameters(slot), tensors)
+
+    def virtual_cache(self, rows: int) -> None:
+        """None: nothing stands before rows."""
 
     def clear_gradients(self) -> None:
         """Forget all gradients."""
@@ -152,7 +156,8 @@ def find_places(model: PreTrainedModel, config: BottleneckConfig) -> list[str]:
     wanted = {"houlsby": (True, False), "pfeiffer": (False,)}[config.style]
     hidden = model.config.get_text_config().hidden_size
     layers, last = linear_layers(model), dict[tuple[int, bool], str]()
-    for path in _called(model, layers):
+    # A model without weights cannot be run; the order of declaration tells whether there are such layers at all.
+    for path in layers if model.device.type == "meta" else _called(model, layers):
         block = layer_index(path)
         if block is not None:
             last[block, in_attention(path)] = path

@@ -24,7 +24,8 @@ class FullModel:
         ModelError: Weights are quantized, so that they have no gradient.
     """
 
-    padded_logits = None
+    padded_model = None
+    mixes_slots = False
 
     def __init__(self, model: PreTrainedModel) -> None:
         fixed = [name for name, parameter in model.named_parameters() if not parameter.is_floating_point()]
@@ -53,6 +54,9 @@ class FullModel:
             AdapterError: Tensors are missing, surplus or of the wrong shape; the message lists all of them.
         """
         load_parameters(self.slot_parameters(slot), tensors)
+
+    def virtual_cache(self, rows: int) -> None:
+        """None: nothing stands before rows."""
 
     def clear_gradients(self) -> None:
         """Forget all gradients."""

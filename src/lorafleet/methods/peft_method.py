@@ -5,7 +5,8 @@ Those that put virtual tokens before each row (prefix, prompt and p-tuning) go t
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -32,8 +33,10 @@ class PeftMethod:
         ConfigError: PEFT cannot put this method on this model.
     """
 
+    mixes_slots = False
+
     def __init__(self, model: PreTrainedModel, config: PeftConfig, seed: int = 0) -> None:
-        self.model = model.requires_grad_(False)
+        self.model, self.enabled = model.requires_grad_(False), True
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             try:
@@ -44,7 +47,7 @@ class PeftMethod:
                     "target_modules"
                 ) from error
         self.tuners = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-        self.padded_logits = self._logits if prepends(config) else None
+        self.padded_model = self.peft if prepends(config) else None
         self.eval()
 
     def slot_parameters(self, slot: int) -> dict[str, SlotParameter]:
@@ -66,14 +69,20 @@ class PeftMethod:
         """
         raise_all(AdapterError, shape_faults(self.state_dict(slot), tensors), "the adapter does not fit this model")
         set_peft_model_state_dict(self.peft, dict(tensors))
-        if self.padded_logits is not None:
+        if self.padded_model is not None:
             # A file holds the virtual tokens, not the network that they may have come from; they are used as they are.
             self.peft.peft_config["default"].inference_mode = True
 
-    def _logits(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Logits of the rows' own tokens ``(rows, time, vocabulary)``."""
-        logits: Tensor = self.peft(input_ids=input_ids, attention_mask=attention_mask).logits
-        return logits[:, -input_ids.shape[1] :]
+    @torch.no_grad()
+    def virtual_cache(self, rows: int) -> Any:
+        """Keys and values of the virtual tokens; none of a method without them, or within ``disabled``."""
+        if self.padded_model is None or not self.enabled:
+            return None
+        prompt = self.peft.get_prompt(rows)
+        if not isinstance(prompt, Tensor):
+            return prompt  # a prefix is keys and values itself
+        # Nothing before them, so nothing of the row is in them.
+        return self.model(inputs_embeds=prompt.to(self.model.dtype), use_cache=True).past_key_values
 
     def clear_gradients(self) -> None:
         """Forget all gradients."""
@@ -90,15 +99,20 @@ class PeftMethod:
         with seeded_by(routing, self.model.device) if adapted else self.disabled():
             yield
 
-    def disabled(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
         """Within a ``with`` block the model answers as the bare base."""
-        found: AbstractContextManager[None] = self.peft.disable_adapter()
-        return found
+        before, self.enabled = self.enabled, False
+        try:
+            with self.peft.disable_adapter():
+                yield
+        finally:
+            self.enabled = before
 
     def train(self, mode: bool = True) -> None:
         """Turn the adapter's dropout on or off; the base stays in ``eval()``."""
         self.model.eval()
-        if self.padded_logits is not None:
+        if self.padded_model is not None:
             self.peft.prompt_encoder.train(mode)
         for tuner in self.tuners:
             for name in tuner.adapter_layer_names:
@@ -116,7 +130,7 @@ class PeftMethod:
     def drops(self, slot: int) -> bool:
         """Whether the adapter drops anything now."""
         dropouts = [dropout for tuner in self.tuners for dropout in _dropouts(tuner)]
-        if self.padded_logits is not None:
+        if self.padded_model is not None:
             dropouts += [module for module in self.peft.prompt_encoder.modules() if isinstance(module, nn.Dropout)]
         return slot == 0 and any(dropout.training and dropout.p > 0 for dropout in dropouts)
 

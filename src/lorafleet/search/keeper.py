@@ -9,13 +9,14 @@ from lorafleet.config.data import DataConfig
 from lorafleet.config.search import SearchConfig
 from lorafleet.config.training import RunConfig
 from lorafleet.data.load import Data
-from lorafleet.files.adapter import MANIFEST
+from lorafleet.files.manifest import MANIFEST
 from lorafleet.lora import LoraBank
+from lorafleet.methods.method import Method
 from lorafleet.models.load import Base
 from lorafleet.search.objectives import DIRECTIONS
 from lorafleet.search.trials import run_name
 from lorafleet.training.member import Member
-from lorafleet.training.result import write_adapter
+from lorafleet.training.result import write_trained
 
 TRIALS = "trials"
 
@@ -49,7 +50,8 @@ class TrialKeeper:
             return
         config = self.bank.configs[member.slot]
         assert config is not None
-        write_adapter(folder, self.base, self.bank, member, config, self.data, self.data_config, metrics)
+        method = Method("lora", "lora", config, member.config)
+        write_trained(folder, self.base, member, method, self.data, self.data_config, metrics)
         for other in others:
             shutil.rmtree(other)
 

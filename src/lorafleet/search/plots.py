@@ -2,22 +2,17 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
 
 from lorafleet.search.objectives import DIRECTIONS
-from lorafleet.training.plot import running_mean
+from lorafleet.training.plot import as_svg, new_figure, running_mean
 
 WINNER, OTHERS, STOPPED = "#c2410c", "#334155", "#94a3b8"
-WIDTH = 6.0
-"""Inches: narrow, so that its words can be read on a telephone."""
 
 UNITS = {
     "loss": "nats per trained token",
@@ -38,7 +33,7 @@ def curves(metrics: Path, trials: Sequence[Trial], objective: str) -> str:
             tokens, losses = seen.setdefault(int(event["name"].split()[1]), ([], []))
             tokens.append(event["tokens"] + (tokens[-1] if tokens else 0))
             losses.append(float(event["loss"]))
-    figure, axes = _figure(3.6)
+    figure, axes = new_figure(3.6)
     for trial in reversed(trials):  # the winner last, on top
         if trial["number"] in seen:
             tokens, losses = seen[trial["number"]]
@@ -46,7 +41,7 @@ def curves(metrics: Path, trials: Sequence[Trial], objective: str) -> str:
     axes.set(xlabel="tokens seen by the trial", ylabel="running mean (nats per trained token)")
     axes.grid(alpha=0.3)
     axes.legend(loc="upper right", frameon=False)
-    return _svg(figure)
+    return as_svg(figure)
 
 
 def _curve(axes: Axes, trial: Trial, tokens: Sequence[int], losses: Sequence[float], *, winner: bool) -> None:
@@ -60,7 +55,7 @@ def _curve(axes: Axes, trial: Trial, tokens: Sequence[int], losses: Sequence[flo
 
 def rungs(trials: Sequence[Trial], objective: str) -> str:
     """The objective of every trial where trials were compared, and at the end."""
-    figure, axes = _figure(3.6)
+    figure, axes = new_figure(3.6)
     ends = [trial["tokens"] for trial in trials if trial["values"]]
     for trial in reversed(trials):
         points = [(int(tokens), value) for tokens, value in trial["at_rungs"].items()]
@@ -73,12 +68,12 @@ def rungs(trials: Sequence[Trial], objective: str) -> str:
             axes.plot(x, y, marker="o", markersize=4, color=color, linewidth=2.2 if winner else 1.1)
     axes.set(xlabel="tokens seen by the trial", ylabel=f"held-out {_label(objective)}")
     axes.grid(alpha=0.3)
-    return _svg(figure)
+    return as_svg(figure)
 
 
 def front(trials: Sequence[Trial], objectives: Sequence[str], chosen: Sequence[int]) -> str:
     """The first two objectives of every complete trial; those that no other one beats in all are joined."""
-    figure, axes = _figure(3.6)
+    figure, axes = new_figure(3.6)
     done = [trial for trial in trials if trial["values"]]
     best = sorted(trial["values"][:2] for trial in done if trial["number"] in chosen)
     axes.plot(*np.transpose([trial["values"][:2] for trial in done]), "o", color=STOPPED, markersize=5)
@@ -88,23 +83,23 @@ def front(trials: Sequence[Trial], objectives: Sequence[str], chosen: Sequence[i
     axes.set(xlabel=_label(objectives[0]), ylabel=_label(objectives[1]))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    return _svg(figure)
+    return as_svg(figure)
 
 
 def importances(shares: Mapping[str, float]) -> str:
     """How much of the differences each knob explains."""
     ordered = sorted(shares.items(), key=lambda pair: pair[1])
-    figure, axes = _figure(0.9 + 0.4 * len(ordered))
+    figure, axes = new_figure(0.9 + 0.4 * len(ordered))
     axes.barh([name for name, _ in ordered], [100 * share for _, share in ordered], color=WINNER)
     axes.set(xlabel="share of the differences between complete trials (%)", xlim=(0, 100))
-    return _svg(figure)
+    return as_svg(figure)
 
 
 def parallel(trials: Sequence[Trial], objective: str) -> str:
     """Every trial as a line through its values to its last objective; the best is marked, stopped ones are dashed."""
     seen = [(trial, value) for trial in trials if (value := last_value(trial)) is not None]
     names = list(dict.fromkeys(name for trial, _ in seen for name in trial["settings"]))
-    figure, axes = _figure(4.2)
+    figure, axes = new_figure(4.2)
     places = {name: _places([trial["settings"].get(name) for trial, _ in seen]) for name in names}
     low, high = min(value for _, value in seen), max(value for _, value in seen)
     for trial, value in reversed(seen):
@@ -123,7 +118,7 @@ def parallel(trials: Sequence[Trial], objective: str) -> str:
     axes.set_xticks(range(len(names) + 1), [*names, f"{objective}\n(top is better)"])
     axes.set_yticks([])
     axes.margins(x=0.08)
-    return _svg(figure)
+    return as_svg(figure)
 
 
 def heat_map(trials: Sequence[Trial], objective: str) -> str | None:
@@ -138,7 +133,7 @@ def heat_map(trials: Sequence[Trial], objective: str) -> str | None:
     ranks, alphas = (sorted({place[axis] for place in cells}) for axis in (0, 1))
     if len(ranks) < 2 or len(alphas) < 2:
         return None
-    figure, axes = _figure(4.2)
+    figure, axes = new_figure(4.2)
     grid = [[cells.get((r, alpha), float("nan")) for alpha in alphas] for r in ranks]
     image = axes.imshow(grid, cmap="viridis_r" if sign > 0 else "viridis", origin="lower", aspect="auto")
     for (r, alpha), value in cells.items():
@@ -148,7 +143,7 @@ def heat_map(trials: Sequence[Trial], objective: str) -> str | None:
     axes.set_yticks(range(len(ranks)), [str(r) for r in ranks])
     axes.set(xlabel="lora_alpha", ylabel="r")
     figure.colorbar(image, label=f"last held-out {_label(objective)}")
-    return _svg(figure)
+    return as_svg(figure)
 
 
 def last_value(trial: Trial) -> float | None:
@@ -171,18 +166,3 @@ def _key(value: Any) -> str:
 
 def _label(objective: str) -> str:
     return f"{objective} ({UNITS.get(objective, 'share of rows')})"
-
-
-def _figure(height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _svg(figure: Figure) -> str:
-    """The figure as an ``<svg>`` element that grows and shrinks with its page."""
-    out = StringIO()
-    FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None})
-    text = out.getvalue()
-    return text[text.index("<svg") :]

@@ -1,12 +1,13 @@
 """The report of a search: ``report.html``, which needs nothing beside itself, and ``report.md``."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from lorafleet.evaluation.metrics import in_figures
 from lorafleet.files.atomic import write_text
+from lorafleet.files.page import document, html_table, markdown_table
 from lorafleet.files.run_folder import METRICS
 from lorafleet.search import plots
 from lorafleet.search.objectives import DIRECTIONS
@@ -112,14 +113,11 @@ def _rows(result: TuneResult) -> list[list[str]]:
 
 def markdown(result: TuneResult) -> str:
     """The report without pictures."""
-    head = _columns(result)
-    table = [head, ["---"] * len(head), *_rows(result)]
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table]
     shares = [f"- {name}: {share:.0%}" for name, share in result.importances.items()]
     parts = [
         f"# Search: {Path(result.output_dir).resolve().name}",
         "\n".join(conclusion(result)),
-        "## Trials\n\n" + "\n".join(lines),
+        "## Trials\n\n" + markdown_table(_columns(result), _rows(result)),
         "## What made the difference\n\n" + "\n".join(shares) if shares else "",
         f"## Use it\n\n{_commands(result)}",
     ]
@@ -157,7 +155,7 @@ def page(result: TuneResult, metrics: Path) -> str:
     if heat:
         pictures.append(("Rank and alpha", "The last value of each trial, stopped or not.", heat))
     direction = "smaller" if DIRECTIONS[objective] == "minimize" else "larger"
-    return _PAGE.format(
+    body = _BODY.format(
         name=name,
         sentences="".join(f"<p>{escape(sentence)}</p>" for sentence in conclusion(result)),
         objective=escape(objective),
@@ -165,7 +163,7 @@ def page(result: TuneResult, metrics: Path) -> str:
         direction=direction,
         trial=result.best_trial,
         settings=settings,
-        table=_html_table(_columns(result), _rows(result)),
+        table=html_table(_columns(result), _rows(result), best=0, wide=2),
         pictures="".join(
             f"<section><h2>{title}</h2><p class=note>{note}</p><figure>{svg}</figure></section>"
             for title, note, svg in pictures
@@ -173,48 +171,17 @@ def page(result: TuneResult, metrics: Path) -> str:
         commands=escape(_commands(result)),
         yaml=escape(yaml),
     )
+    return document(f"Search: {Path(result.output_dir).resolve().name}", body, _STYLE)
 
 
-def _html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    titles = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    body = ""
-    for number, row in enumerate(rows):
-        cells = "".join(
-            f'<td data-name="{escape(name)}">{escape(cell)}</td>' for name, cell in zip(head, row, strict=True)
-        )
-        body += f"<tr{' class=best' if number == 0 else ''}>{cells}</tr>"
-    return f"<table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table>"
+_STYLE = """
+.winner { border: 2px solid var(--best); border-radius: 0.5rem; padding: 0.75rem 1rem; }
+.winner strong { font-size: 1.6rem; color: var(--best); }
+dl { display: flex; flex-wrap: wrap; gap: 0.25rem 1.5rem; margin: 0.5rem 0 0; }
+dt { color: var(--soft); font-size: 0.85rem; } dd { margin: 0; font-weight: 600; }
+"""
 
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Search: {name}</title>
-<style>
-:root {{ color-scheme: light; --ink: #1e293b; --soft: #64748b; --line: #e2e8f0; --best: #c2410c; }}
-* {{ box-sizing: border-box; }}
-body {{ font: 16px/1.5 system-ui, sans-serif; color: var(--ink); max-width: 60rem; margin: 0 auto; padding: 1rem;
-  overflow-wrap: anywhere; }}
-h1 {{ font-size: 1.5rem; }} h2 {{ font-size: 1.15rem; margin: 2rem 0 0.25rem; }}
-.winner {{ border: 2px solid var(--best); border-radius: 0.5rem; padding: 0.75rem 1rem; }}
-.winner strong {{ font-size: 1.6rem; color: var(--best); }}
-dl {{ display: flex; flex-wrap: wrap; gap: 0.25rem 1.5rem; margin: 0.5rem 0 0; }}
-dt {{ color: var(--soft); font-size: 0.85rem; }} dd {{ margin: 0; font-weight: 600; }}
-.note {{ color: var(--soft); margin: 0 0 0.5rem; }}
-figure {{ margin: 0; }} svg {{ width: 44rem; max-width: 100%; height: auto; }}
-table {{ border-collapse: collapse; width: 100%; font-size: 0.9rem; }}
-th, td {{ text-align: left; padding: 0.35rem 0.6rem; border-bottom: 1px solid var(--line); vertical-align: top; }}
-td:nth-child(3) {{ min-width: 14rem; }}
-tr.best {{ background: #fff7ed; }} tr.best td {{ font-weight: 600; }}
-pre {{ background: #f8fafc; border: 1px solid var(--line); padding: 0.75rem; font-size: 0.85rem; }}
-pre {{ white-space: pre-wrap; }}
-@media (max-width: 45rem) {{ /* a table of eight columns becomes a list */
-  thead {{ display: none; }} td {{ display: inline-block; border: 0; padding: 0 1rem 0 0; }}
-  tr {{ display: block; border-bottom: 1px solid var(--line); padding: 0.5rem; }}
-  td:nth-child(3) {{ display: block; min-width: 0; font-weight: 600; }} td:empty {{ display: none; }}
-  td:not(:nth-child(3))::before {{ content: attr(data-name) " "; color: var(--soft); }}
-}}
-</style></head><body>
-<h1>Search: {name}</h1>
+_BODY = """<h1>Search: {name}</h1>
 <div class="winner"><div>Trial {trial} is the best, with a held-out {objective} of</div>
 <strong>{value}</strong> <span class="note">({direction} is better)</span><dl>{settings}</dl></div>
 {sentences}
@@ -223,5 +190,4 @@ pre {{ white-space: pre-wrap; }}
 {pictures}
 <section><h2>Use it</h2><pre>{commands}</pre></section>
 <section><h2>The winner's settings</h2><pre>{yaml}</pre></section>
-</body></html>
 """

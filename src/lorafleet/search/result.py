@@ -9,7 +9,7 @@ from typing import Any
 from lorafleet.config.load import dump_sections
 from lorafleet.errors import TrainingError
 from lorafleet.files.atomic import write_json, write_text
-from lorafleet.files.run_folder import CARD, RESULT, SETTINGS, model_card, provenance
+from lorafleet.files.run_folder import CARD, RESULT, SETTINGS, lora_shape, model_card, provenance
 from lorafleet.search.fit import configure
 from lorafleet.search.keeper import adapter_folder
 from lorafleet.search.objectives import DIRECTIONS
@@ -157,7 +157,7 @@ def _write_best(worker: Worker, best: Record, result: TuneResult) -> None:
     card = model_card(
         title=f"{output_dir.resolve().name}: the best of {len(result.trials)} settings",
         base_name=worker.base.name,
-        lora=own_lora,
+        shape=lora_shape(own_lora),
         data=Path(data.data).name,
         metrics_before=result.before,
         metrics=dict(best.notes["metrics"]),

@@ -84,7 +84,9 @@ class Worker:
     def identity(self) -> dict[str, Any]:
         """What decides the result of a search: a resumed one must agree in all of it, and every worker too."""
         mine = self.search.model_dump(mode="json", exclude=_FREE)
-        return run_identity(self.base, self.data, *self.settings[1:5]) | {"search": mine}
+        _, data_config, lora, training, run, _ = self.settings
+        of_lora = lora.model_dump(mode="json")
+        return run_identity(self.base, self.data, data_config, "lora", of_lora, training, run) | {"search": mine}
 
     def measure_slot(self, slot: int) -> dict[str, float]:
         """The objectives that need rows, of one slot."""

@@ -1,10 +1,16 @@
-"""The loss curve of a run as a picture."""
+"""The loss curve of a run as a picture, and what pictures in a page have in common."""
 
 import json
+from io import StringIO
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+
+WIDTH = 6.0
+"""Inches of a picture in a page: narrow, so that its words can be read on a telephone."""
 
 
 def plot_losses(metrics: Path, target: Path, title: str, eval_loss_before: float | None = None) -> None:
@@ -44,3 +50,19 @@ def running_mean(values: tuple[float, ...], decay: float = 0.9) -> list[float]:
         total, weight = decay * total + value, decay * weight + 1
         means.append(total / weight)
     return means
+
+
+def new_figure(height: float) -> tuple[Figure, Axes]:
+    """An empty picture for a page, of this height in inches."""
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def as_svg(figure: Figure) -> str:
+    """The figure as an ``<svg>`` element that grows and shrinks with its page."""
+    out = StringIO()
+    FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None})
+    text = out.getvalue()
+    return text[text.index("<svg") :]

@@ -6,25 +6,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers.pytorch_utils import Conv1D
-
 from lorafleet.config.data import DataConfig
 from lorafleet.config.knob import Section
 from lorafleet.config.load import dump_sections
 from lorafleet.config.lora import LoraConfig
+from lorafleet.config.method import MethodConfig
 from lorafleet.config.model import ModelConfig
 from lorafleet.config.training import RunConfig, TrainingConfig, ValidationConfig
 from lorafleet.data.load import Data
-from lorafleet.files.adapter import save_adapter
 from lorafleet.files.atomic import write_json, write_text
-from lorafleet.files.run_folder import METRICS, RESULT, SETTINGS, model_card, provenance
-from lorafleet.lora import LoraBank
+from lorafleet.files.run_folder import METRICS, RESULT, SETTINGS, lora_shape, model_card, provenance
+from lorafleet.methods.method import Method
+from lorafleet.methods.saved import write_method
 from lorafleet.models.load import Base
 from lorafleet.models.machine import peak_memory_bytes
 from lorafleet.training.member import Member
 from lorafleet.training.plot import plot_losses
 
-Settings = tuple[ModelConfig, DataConfig, LoraConfig, TrainingConfig, ValidationConfig, RunConfig]
+Settings = tuple[ModelConfig, DataConfig, MethodConfig, LoraConfig, TrainingConfig, ValidationConfig, RunConfig]
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,8 @@ class TrainResult:
 
     Attributes:
         output_dir: The run folder.
-        adapter: The folder that PEFT and lorafleet load; the run folder itself.
+        method: What trained: ``lora``, ``full``, ``bottleneck``, …
+        adapter: The folder to load: the run folder itself as an adapter, or of a model that was trained whole its own.
         steps: Optimizer steps taken.
         best_step: The step whose adapter was kept.
         rows: Rows of the training split: read, used, rejected, truncated.
@@ -52,6 +52,7 @@ class TrainResult:
     """
 
     output_dir: str
+    method: str
     adapter: str
     steps: int
     best_step: int
@@ -88,8 +89,8 @@ def write_settings(output_dir: Path, settings: Sequence[Section]) -> None:
 def write_results(
     output_dir: Path,
     base: Base,
-    bank: LoraBank,
     member: Member,
+    method: Method,
     data: Data,
     settings: Settings,
     measured: tuple[Mapping[str, float], Mapping[str, float]],
@@ -100,74 +101,73 @@ def write_results(
     Args:
         output_dir: The run folder.
         base: The base.
-        bank: Its bank.
-        member: The trained adapter.
+        member: What has trained.
+        method: Its method.
         data: What it was trained on.
         settings: The run's sections.
         measured: Held-out measurements before and after.
         started: ``time.perf_counter()`` at the start of the run.
     """
     before, after = measured
-    _, _, lora_config, _, validation, _ = settings
+    data_config, validation = settings[1], settings[5]
     kept_best = validation.load_best_model_at_end and member.progress.best_loss is not None
     best_step = member.progress.best_step if kept_best else member.progress.step
-    result = _result(output_dir, base, bank, member, best_step, data, (dict(before), dict(after)), started)
-    write_adapter(output_dir, base, bank, member, lora_config, data, settings[1], result.metrics)
+    trained = write_trained(output_dir, base, member, method, data, data_config, after)
+    result = _result(output_dir, trained, base, member, method, best_step, data, (dict(before), dict(after)), started)
     plot_losses(output_dir / METRICS, output_dir / "loss.png", f"{output_dir.name}: loss", result.eval_loss_before)
-    _write_card(output_dir, base, lora_config, settings[1], result)
+    _write_card(output_dir, base, method, data_config, result)
     write_json(output_dir / RESULT, result.as_dict())
     return result
 
 
-def write_adapter(
+def write_trained(
     folder: Path,
     base: Base,
-    bank: LoraBank,
     member: Member,
-    lora: LoraConfig,
+    method: Method,
     data: Data,
     data_config: DataConfig,
     metrics: Mapping[str, float],
-) -> None:
-    """Write a member's adapter with all that using it needs: tokenizer, chat template, and where it came from."""
-    save_adapter(
-        folder,
-        lora,
-        {name: tensor.cpu() for name, tensor in bank.state_dict(member.slot).items()},
-        base_name=base.name,
-        base_revision=base.revision,
-        metadata={
-            "base_weights_hash": base.weights_hash,
-            "tokenizer_hash": base.tokenizer_hash,
-            "data_hash": data.data_hash,
-            "source_hash": data.source_hash,
-            "data": data_config.model_dump(mode="json"),
-            "labels": list(data.labels),
-            "steps": member.progress.step,
-            "metrics": dict(metrics),
-        },
-        fan_in_fan_out=any(isinstance(layer.base_layer, Conv1D) for layer in bank.layers.values()),
-    )
+) -> Path:
+    """Write what a member has learned with all that using it needs: tokenizer, template, and where it came from.
+
+    Returns:
+        The folder to use it from.
+    """
+    metadata = {
+        "base_weights_hash": base.weights_hash,
+        "tokenizer_hash": base.tokenizer_hash,
+        "data_hash": data.data_hash,
+        "source_hash": data.source_hash,
+        "data": data_config.model_dump(mode="json"),
+        "labels": list(data.labels),
+        "steps": member.progress.step,
+        "metrics": dict(metrics),
+    }
+    trained = write_method(folder, base, method, member.bank, member.slot, metadata)
     base.tokenizer.save_pretrained(folder)
     write_text(folder / "chat_template.jinja", data.chat_template)
+    return trained
 
 
 def _result(
     output_dir: Path,
+    trained: Path,
     base: Base,
-    bank: LoraBank,
     member: Member,
+    method: Method,
     best_step: int,
     data: Data,
     measured: tuple[dict[str, float], dict[str, float]],
     started: float,
 ) -> TrainResult:
-    trainable = sum(one.value.numel() for one in bank.slot_parameters(member.slot).values())
-    adapted = sum(p.numel() for p in base.model.parameters() if p.requires_grad)
+    trainable = sum(one.value.numel() for one in member.parameters.values())
+    adapted = 0 if method.kind == "full" else sum(p.numel() for p in base.model.parameters() if p.requires_grad)
     progress, (before, after), split = member.progress, measured, data.report.splits["train"]
     return TrainResult(
         output_dir=str(output_dir),
-        adapter=str(output_dir),
+        method=method.kind,
+        adapter=str(trained),
         steps=progress.step,
         best_step=best_step,
         rows={"read": split.read, "used": split.used, "rejected": split.rejected, "truncated": split.truncated},
@@ -186,7 +186,7 @@ def _result(
     )
 
 
-def _write_card(output_dir: Path, base: Base, lora: LoraConfig, data: DataConfig, result: TrainResult) -> None:
+def _write_card(output_dir: Path, base: Base, method: Method, data: DataConfig, result: TrainResult) -> None:
     facts = {
         "steps": result.steps,
         "kept from step": result.best_step,
@@ -202,11 +202,12 @@ def _write_card(output_dir: Path, base: Base, lora: LoraConfig, data: DataConfig
     card = model_card(
         title=output_dir.resolve().name,
         base_name=base.name,
-        lora=lora,
+        shape=lora_shape(method.config) if isinstance(method.config, LoraConfig) else method.options,
         data=Path(data.data).name,
         metrics_before=result.metrics_before,
         metrics=result.metrics,
         facts=facts,
         made_by=provenance(),
+        kind=method.kind,
     )
     write_text(output_dir / "README.md", card)

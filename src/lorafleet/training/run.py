@@ -1,4 +1,4 @@
-"""``lorafleet train``: one adapter, from rows to files."""
+"""``lorafleet train``: one adapter, or a whole model, from rows to files."""
 
 import logging
 import time
@@ -9,15 +9,17 @@ from typing import Any
 from lorafleet.config.data import DataConfig
 from lorafleet.config.load import load_sections
 from lorafleet.config.lora import LoraConfig
+from lorafleet.config.method import MethodConfig, parse_methods
 from lorafleet.config.model import ModelConfig
 from lorafleet.config.training import RunConfig, TrainingConfig, ValidationConfig
 from lorafleet.data.load import load_data
-from lorafleet.errors import DataError, TrainingError
+from lorafleet.errors import ConfigError, DataError, TrainingError
 from lorafleet.evaluation.measure import measure
 from lorafleet.evaluation.token_loss import LossModel
 from lorafleet.files.deployability import deployability
 from lorafleet.files.run_folder import clear_run, open_run
-from lorafleet.lora import LoraBank, inject_lora
+from lorafleet.lora import BASE_ONLY, LoraBank, Slots
+from lorafleet.methods.method import Method, find_methods
 from lorafleet.models.load import Base, load_base
 from lorafleet.training.checkpoint import RunState
 from lorafleet.training.events import Failed, Saved
@@ -31,12 +33,12 @@ from lorafleet.training.setup import check_run, held_out_rows, prepare_machine, 
 
 logger = logging.getLogger(__name__)
 
-SECTIONS = (ModelConfig, DataConfig, LoraConfig, TrainingConfig, ValidationConfig, RunConfig)
+SECTIONS = (ModelConfig, DataConfig, MethodConfig, LoraConfig, TrainingConfig, ValidationConfig, RunConfig)
 NAME = "adapter"
 
 
 def train(config: Mapping[str, Any] | str | Path | None = None, /, **knobs: Any) -> TrainResult:
-    """Train one LoRA adapter and write it in PEFT's format.
+    """Train one adapter and write it, a LoRA adapter in PEFT's format; or train all weights and write the model.
 
     Args:
         config: A YAML file, or a mapping of knobs.
@@ -54,8 +56,12 @@ def train(config: Mapping[str, Any] | str | Path | None = None, /, **knobs: Any)
     """
     started = time.perf_counter()
     settings = load_sections(SECTIONS, config, knobs)
-    model_config, data_config, lora_config, training, validation, run = settings
+    model_config, data_config, method_config, lora_config, training, validation, run = settings
     check_run(model_config, run)
+    method = one_method(method_config, lora_config, training)
+    settings = (model_config, data_config, method_config, lora_config, method.training, validation, run)
+    if run.gradient_checkpointing and method.kind != "lora":
+        raise ConfigError(f"gradient_checkpointing works with lora, not with {method.kind}; leave it off")
     output_dir = Path(run.output_dir)
     with open_run(output_dir, resume=run.resume_from_checkpoint, overwrite=run.overwrite) as checkpoint:
         prepare_machine(run)
@@ -64,34 +70,54 @@ def train(config: Mapping[str, Any] | str | Path | None = None, /, **knobs: Any)
         if "train" not in data.splits:
             raise DataError(f"{data_config.data} has no rows to train on, only {', '.join(data.splits)}")
         logger.info("%s", as_text(data.report.render()))
-        bank = inject_lora(base.model, lora_config, seed=training.seed)
-        if run.gradient_checkpointing:
-            recompute_blocks(base.model, bank)
-        _tell_deployability(lora_config, bank)
+        slots = method.start(base.model, method.training.seed)
+        if isinstance(slots, LoraBank) and isinstance(method.config, LoraConfig):
+            if run.gradient_checkpointing:
+                recompute_blocks(base.model, slots)
+            _tell_deployability(method.config, slots)
         held_out = held_out_rows(data, run)
-        member = Member(NAME, bank, 0, training, data.splits["train"], held_out)
-        deciding = run_identity(base, data, data_config, lora_config, training, run)
+        member = Member(NAME, slots, 0, method.training, data.splits["train"], held_out)
+        deciding = run_identity(base, data, data_config, method.kind, method.options, method.training, run)
         deciding["validation"] = validation.model_dump(mode="json")
         state = RunState(output_dir, deciding, run.save_total_limit)
 
         def measured(slot: int) -> dict[str, float]:
             size = run.per_device_eval_batch_size
-            return measure(base, bank, slot, data, held_out, batch_size=size) if held_out else {}
+            return measure(base, slots, slot, data, held_out, batch_size=size) if held_out else {}
 
         resume_step = state.restore(checkpoint, lambda _: [member]) if checkpoint else 0
         if checkpoint:
             logger.info("going on from %s, step %d of %d", checkpoint, resume_step, member.total_steps)
         else:
             logger.info("measuring the base on %d held-out rows", len(held_out))
-            state.extra["before"] = measured(-1)
+            # A model that is to train whole is its own base until it has.
+            state.extra["before"] = measured(0 if method.kind == "full" else BASE_ONLY)
         if run.overwrite:  # only now, when all is checked and the base is measured
             clear_run(output_dir, keep=checkpoint)
-        write_settings(output_dir, settings)
-        _run(base, bank, member, validation, run, state, output_dir, resume_step)
+        write_settings(output_dir, [s for s in settings if method.kind == "lora" or not isinstance(s, LoraConfig)])
+        _run(base, slots, member, validation, run, state, output_dir, resume_step)
         if validation.load_best_model_at_end and member.restore_best():
             logger.info("taking the adapter of step %d, the lowest held-out loss", member.progress.best_step)
         before_and_after = (state.extra["before"], measured(member.slot))
-        return write_results(output_dir, base, bank, member, data, settings, before_and_after, started)
+        return write_results(output_dir, base, member, method, data, settings, before_and_after, started)
+
+
+def one_method(config: MethodConfig, lora: LoraConfig, training: TrainingConfig) -> Method:
+    """The method that a run trains.
+
+    Raises:
+        ConfigError: There is no such method, it lacks an option that is given, or several are named; or options of LoRA
+            are given to another.
+    """
+    specs = parse_methods(config.method)
+    if len(specs) > 1:
+        raise ConfigError(f"method = {config.method!r} names {len(specs)} methods; a run trains one")
+    (method,) = find_methods(specs, lora, training)
+    if method.kind != "lora" and lora.model_fields_set:
+        raise ConfigError(
+            f"method {method.name} has no knobs of lora; given are {', '.join(sorted(lora.model_fields_set))}"
+        )
+    return method
 
 
 def _tell_deployability(config: LoraConfig, bank: LoraBank) -> None:
@@ -102,7 +128,7 @@ def _tell_deployability(config: LoraConfig, bank: LoraBank) -> None:
 
 def _run(
     base: Base,
-    bank: LoraBank,
+    slots: Slots,
     member: Member,
     validation: ValidationConfig,
     run: RunConfig,
@@ -111,7 +137,7 @@ def _run(
     resume_step: int,
 ) -> None:
     """Train with logs, checkpoints and signal handling around the loop."""
-    loss_model = LossModel(base.model, bank, base.tokenizer.pad_token_id)
+    loss_model = LossModel(base.model, slots, base.tokenizer.pad_token_id)
     loss_model.speed_up()
     failures: list[Failed] = []
     progress = ProgressReport(run.logging_steps, resume_step)
@@ -125,7 +151,7 @@ def _run(
         Population(
             [member],
             loss_model,
-            bank,
+            slots,
             run,
             validation=validation,
             steps=resume_step,

@@ -1,11 +1,11 @@
 """What every run does before it trains, alone or as a search: the machine, the held-out rows, its identity."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from lorafleet.config.data import DataConfig
-from lorafleet.config.lora import LoraConfig
 from lorafleet.config.model import ModelConfig
 from lorafleet.config.training import RunConfig, TrainingConfig
 from lorafleet.data.load import Data
@@ -42,7 +42,13 @@ def held_out_rows(data: Data, run: RunConfig) -> list[TokenRow]:
 
 
 def run_identity(
-    base: Base, data: Data, data_config: DataConfig, lora: LoraConfig, training: TrainingConfig, run: RunConfig
+    base: Base,
+    data: Data,
+    data_config: DataConfig,
+    kind: str,
+    options: Mapping[str, Any],
+    training: TrainingConfig,
+    run: RunConfig,
 ) -> dict[str, Any]:
     """What decides the bytes of a result: a resumed run must agree in all of it."""
     return {
@@ -51,7 +57,7 @@ def run_identity(
         "tokenizer": base.tokenizer_hash,
         "data": data.data_hash,
         "data settings": data_config.model_dump(mode="json", exclude={"data"}),
-        "lora": lora.model_dump(mode="json"),
+        kind: dict(options),
         "training": training.model_dump(mode="json"),
         "max_eval_rows": run.max_eval_rows,
     }

@@ -1,0 +1,81 @@
+"""The pictures of a comparison."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from matplotlib import colormaps
+
+from lorafleet.comparison.result import CompareResult
+from lorafleet.evaluation.metrics import in_words
+from lorafleet.training.plot import as_svg, new_figure, running_mean
+
+Row = Mapping[str, Any]
+
+PERCENT = ("accuracy", "macro_f1", "exact_match")
+
+
+def color(number: int) -> Any:
+    """The color of a method, the same in all pictures."""
+    return colormaps["tab10"](number % 10)
+
+
+def pareto(result: CompareResult, x_of: Callable[[Row], float], label: str) -> str:
+    """Quality with its interval over a cost, logarithmic; the base's quality as a line."""
+    merit = result.merit
+    figure, axes = new_figure(3.6)
+    axes.axhline(_shown(merit, result.base["quality"][merit]), color="#64748b", linestyle="--", linewidth=1)
+    axes.annotate("base", (1, _shown(merit, result.base["quality"][merit])), xycoords=("axes fraction", "data"))
+    for number, row in enumerate(result.methods):
+        y = _shown(merit, row["quality"][merit])
+        interval = row["intervals"].get(merit)
+        errors = None
+        if interval:
+            errors = [[max(0.0, y - _shown(merit, interval[0]))], [max(0.0, _shown(merit, interval[1]) - y)]]
+        axes.errorbar(x_of(row), y, yerr=errors, fmt="o", color=color(number), capsize=3)
+        axes.annotate(row["name"], (x_of(row), y), xytext=(6, 5), textcoords="offset points", fontsize=8)
+    axes.set_xscale("log")
+    axes.margins(x=0.25)
+    axes.set(xlabel=label, ylabel=f"{in_words(merit)} ({_unit(merit)})")
+    axes.grid(alpha=0.3)
+    return as_svg(figure)
+
+
+def curves(methods: Sequence[Row]) -> str:
+    """Training loss and, as points, held-out loss of each method over its steps."""
+    figure, axes = new_figure(3.8)
+    for number, row in enumerate(methods):
+        steps = [(one["step"], float(one["loss"])) for one in row["curve"] if "loss" in one]
+        evaluated = [(one["step"], float(one["eval_loss"])) for one in row["curve"] if "eval_loss" in one]
+        x, y = zip(*steps, strict=True)
+        axes.plot(x, running_mean(y), color=color(number), label=row["name"])
+        if evaluated:
+            x, y = zip(*evaluated, strict=True)
+            axes.plot(x, y, color=color(number), marker="o", linestyle="none", markersize=4)
+    axes.set(xlabel="optimizer step (points: held-out rows)", ylabel="running mean loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8)
+    return as_svg(figure)
+
+
+def bars(methods: Sequence[Row], value_of: Callable[[Row], float], label: str, *, log: bool = False) -> str:
+    """One number of each method, written at its bar."""
+    figure, axes = new_figure(0.7 + 0.36 * len(methods))
+    values = [value_of(row) for row in methods]
+    drawn = axes.barh([row["name"] for row in methods], values, color=[color(i) for i in range(len(methods))])
+    axes.bar_label(drawn, [f"{value:,.3g}" if value < 1000 else f"{value:,.0f}" for value in values], padding=4)
+    if log:
+        axes.set_xscale("log")
+    axes.invert_yaxis()
+    axes.margins(x=0.2)
+    axes.set(xlabel=label)
+    return as_svg(figure)
+
+
+def _shown(metric: str, value: float) -> float:
+    return 100 * value if metric in PERCENT else value
+
+
+def _unit(metric: str) -> str:
+    if metric in PERCENT:
+        return "% of rows"
+    return {"loss": "nats per token, lower is better"}.get(metric, "0 to 100")

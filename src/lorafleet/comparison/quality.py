@@ -1,0 +1,69 @@
+"""Quality with its uncertainty: bootstrap intervals over test rows."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import bootstrap
+
+RESAMPLES = 2000
+
+Interval = tuple[float, float]
+
+
+def interval(
+    statistic: Callable[..., float], *columns: Sequence[float], seed: int = 0, level: float = 0.95
+) -> Interval | None:
+    """Percentile interval of a statistic of rows, by resampling rows (Efron 1979).
+
+    Args:
+        statistic: Takes the columns, each ``(rows,)``.
+        columns: One number for each row.
+        seed: What the resampling follows from.
+        level: Confidence.
+
+    Returns:
+        Lower and upper end; none for fewer than two rows.
+    """
+    if len(columns[0]) < 2:
+        return None
+    arrays = [np.asarray(column, dtype=np.float64) for column in columns]
+    found = bootstrap(
+        arrays,
+        statistic,
+        paired=True,
+        vectorized=False,
+        n_resamples=RESAMPLES,
+        confidence_level=level,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return float(found.low), float(found.high)
+
+
+def ratio_of_sums(numerators: NDArray[np.float64], denominators: NDArray[np.float64]) -> float:
+    """Mean loss per token from each row's sum and count."""
+    return float(numerators.sum() / denominators.sum())
+
+
+def quality_intervals(rows: Mapping[str, Sequence[Any]]) -> dict[str, Interval | None]:
+    """Intervals of the metrics that are means over rows.
+
+    Args:
+        rows: ``loss_sums`` and ``loss_counts`` of each row; ``label_right`` and ``text_right`` where there are any.
+    """
+    found = {"loss": interval(ratio_of_sums, rows["loss_sums"], rows["loss_counts"])}
+    for key, name in (("label_right", "accuracy"), ("text_right", "exact_match")):
+        if rows.get(key):
+            found[name] = interval(np.mean, rows[key])
+    return found
+
+
+def difference(one: Mapping[str, Sequence[Any]], other: Mapping[str, Sequence[Any]], metric: str) -> Interval | None:
+    """Interval of ``one - other`` on the same rows; one that holds 0 is within noise."""
+    if metric == "loss":
+        columns = [one["loss_sums"], other["loss_sums"], one["loss_counts"]]
+        return interval(lambda a, b, n: float((a.sum() - b.sum()) / n.sum()), *columns)
+    key = {"accuracy": "label_right", "exact_match": "text_right"}[metric]
+    return interval(lambda a, b: float(np.mean(a) - np.mean(b)), one[key], other[key])

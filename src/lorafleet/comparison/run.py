@@ -1,0 +1,147 @@
+"""``lorafleet compare``: methods beside each other on the same rows, each measured in processes of its own."""
+
+import logging
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from transformers import PreTrainedModel
+
+from lorafleet.comparison.folder import METHODS, RESULTS, open_comparison, slug
+from lorafleet.comparison.jobs import Job, overfit, padded_speed, run_job, search_rate, train_method, use_method
+from lorafleet.comparison.report import write_report
+from lorafleet.comparison.result import CompareResult, gather
+from lorafleet.config.compare import CompareConfig
+from lorafleet.config.data import DataConfig
+from lorafleet.config.load import load_sections
+from lorafleet.config.lora import LoraConfig
+from lorafleet.config.method import parse_methods
+from lorafleet.config.model import ModelConfig
+from lorafleet.config.training import RunConfig, TrainingConfig, ValidationConfig
+from lorafleet.data.batches import Schedule
+from lorafleet.data.load import Data, load_data
+from lorafleet.errors import ConfigError, DataError, Interrupted, LorafleetError, raise_all
+from lorafleet.files.atomic import write_json
+from lorafleet.methods.method import Method, find_methods
+from lorafleet.methods.peft_options import prepends
+from lorafleet.models.load import load_meta_model, load_tokenizer
+from lorafleet.models.source import find_source
+from lorafleet.training.report import as_text
+from lorafleet.training.setup import check_run, held_out_rows
+
+logger = logging.getLogger(__name__)
+
+SECTIONS = (ModelConfig, DataConfig, LoraConfig, TrainingConfig, ValidationConfig, RunConfig, CompareConfig)
+
+
+def compare(config: Mapping[str, Any] | str | Path | None = None, /, **knobs: Any) -> CompareResult:
+    """Measure methods on the user's own model and rows, and write a report.
+
+    Every method trains on the same rows in the same order for as many steps, after a short search for its own learning
+    rate, and is measured on the same test rows. The same call again goes on where it was stopped; with other methods it
+    adds them to the report.
+
+    Args:
+        config: A YAML file, or a mapping of knobs.
+        knobs: Knobs by name; they override ``config``.
+
+    Raises:
+        ConfigError: Knobs are wrong, a method is unknown, lacks an option or does not fit the model; all at once.
+        DataError: Rows cannot be read, or are too few to train, choose and test on.
+        CheckpointError: ``output_dir`` holds a comparison with other settings.
+        Interrupted: SIGINT or SIGTERM came; what is measured is kept.
+    """
+    settings = load_sections(SECTIONS, config, knobs)
+    model, data_config, lora, training, _, run, own = settings
+    methods = find_methods(parse_methods(own.methods), lora, training)
+    check_run(model, run)
+    source = find_source(model)
+    faults = [fault for method in methods for fault in _unfit(model, method)]
+    raise_all(ConfigError, faults, f"{source.name} cannot be trained so")
+    data = load_data(data_config, load_tokenizer(model))
+    _check_rows(data, run)
+    logger.info("%s", as_text(data.report.render()))
+    with open_comparison(Path(run.output_dir), settings) as folder:
+        base = Job(settings, Method("base", "base", None, training), folder / METHODS / "base", 0)
+        _tell("base", "using it")
+        run_job(use_method, base.folder / "use.json", base, {"method": "base"})
+        jobs = [Job(settings, m, folder / METHODS / slug(m.name), _steps(m, data)) for m in methods]
+        padded = any(prepends(method.config) for method in methods)
+        for job in jobs:
+            _measure(job, own, padded=padded and not prepends(job.method.config))
+        result = gather(folder, model, data_config, data)
+        write_json(folder / RESULTS, result.as_dict())
+        logger.info("the report is in %s", write_report(result))
+        return result
+
+
+def _measure(job: Job, own: CompareConfig, *, padded: bool) -> None:
+    """Do all parts of one method that are not there; a part that fails ends this method and no other."""
+    name, folder = job.method.name, job.folder
+    error = folder / "error.json"
+    error.unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(
+        folder / "method.json",
+        {"name": name, "kind": job.method.kind, "options": job.method.options, "steps": job.steps},
+    )
+    try:
+        rate = job.method.training.learning_rate
+        if own.tune_lr:
+            _tell(name, "finding its learning rate")
+            rate = run_job(search_rate, folder / "rate.json", job)["rate"]
+        _tell(name, "training")
+        trained = run_job(train_method, folder / "train.json", job, rate)
+        if own.small_rows:
+            _tell(name, f"training on {own.small_rows} rows")
+            run_job(overfit, folder / "small.json", job, rate)
+        if padded:
+            _tell(name, "training in padded batches")
+            run_job(padded_speed, folder / "padded.json", job)
+        _tell(name, "using it")
+        run_job(use_method, folder / "use.json", job, trained)
+    except Interrupted:
+        raise
+    except LorafleetError as failure:
+        logger.warning("%s failed: %s", name, failure)
+        write_json(error, {"error": str(failure), "at": time.time()})
+        shutil.rmtree(folder / "train", ignore_errors=True)
+
+
+def _tell(name: str, what: str) -> None:
+    logger.info("%s: %s", name, what)
+
+
+def _steps(method: Method, data: Data) -> int:
+    own = method.training
+    schedule = Schedule(
+        len(data.splits["train"]), own.per_device_train_batch_size, own.gradient_accumulation_steps, own.seed
+    )
+    return schedule.total_steps(own.num_train_epochs, own.max_steps)
+
+
+def _unfit(model: ModelConfig, method: Method) -> Sequence[str]:
+    """Why the architecture cannot take a method; found out on a model without weights."""
+    try:
+        method.start(cast(PreTrainedModel, load_meta_model(model)), method.training.seed)
+    except LorafleetError as error:
+        return [f"method {method.name}: {error}"]
+    return []
+
+
+def _check_rows(data: Data, run: RunConfig) -> None:
+    """Make sure that there are rows to train on, to choose by and to test on.
+
+    Raises:
+        DataError: Some are missing.
+    """
+    faults = []
+    if "train" not in data.splits:
+        faults.append(f"there are no rows to train on, only {', '.join(data.splits)}")
+    if len(held_out_rows(data, run)) < 2:
+        faults.append("fewer than 2 rows are held out to choose by; add a valid file or raise valid_fraction")
+    if "test" in data.splits and len(data.splits["test"]) < 2:
+        faults.append("fewer than 2 test rows")
+    raise_all(DataError, faults, "the rows are too few for a comparison")

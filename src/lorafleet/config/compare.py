@@ -1,0 +1,25 @@
+"""The knobs of a comparison of methods."""
+
+from lorafleet.config.knob import Section, knob
+
+
+class CompareConfig(Section):
+    """Which methods are compared, and how each finds its learning rate."""
+
+    methods: str | list[str] = knob(
+        "full,lora:r=8,lora:r=16,prefix,bottleneck", "What to compare, as --method of train takes it, with commas."
+    )
+    tune_lr: bool = knob(
+        True, "Let each method find its own learning rate first: full fine-tuning wants a tenth of LoRA's."
+    )
+    lr_steps: int | None = knob(
+        None, "Steps of each run of that search; a fifth of the training's steps when not given.", ge=1
+    )
+    lr_runs: int = knob(
+        3, "Rates tried, each about three times the one before; one more where the best is the first or last.", ge=2
+    )
+    small_rows: int = knob(
+        64, "Each method also trains on so few rows, for as many steps, to show how it overfits; 0 for none.", ge=0
+    )
+    max_test_rows: int = knob(200, "Test rows that quality is measured on.", ge=2)
+    new_tokens: int = knob(32, "Tokens generated where inference is timed.", ge=2)

@@ -1,0 +1,120 @@
+"""``compare`` from rows to report, on a tiny base."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lorafleet
+from lorafleet.comparison.result import CompareResult
+from lorafleet.comparison.run import compare
+from lorafleet.errors import CheckpointError, ConfigError, DataError
+from tests.training.test_resume import make_place
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_place(tmp_path_factory.mktemp("compare"))
+
+
+def settings(place: Path, **knobs: Any) -> dict[str, Any]:
+    return {
+        "model_name_or_path": str(place / "base"),
+        "data": str(place / "rows.jsonl"),
+        "valid_fraction": 0.2,
+        "output_dir": str(place / "out"),
+        "methods": "lora:r=2,prefix:num_virtual_tokens=2",
+        "max_steps": 4,
+        "learning_rate": 1e-2,
+        "device": "cpu",
+        "small_rows": 4,
+        "new_tokens": 2,
+        "tune_lr": False,
+        **knobs,
+    }
+
+
+@pytest.fixture(scope="module")
+def first(place: Path) -> CompareResult:
+    return compare(settings(place))
+
+
+def test_every_cell_is_measured(place: Path, first: CompareResult) -> None:
+    assert [row["kind"] for row in first.methods] == ["lora", "prefix_tuning"]
+    assert (first.split, first.rows, first.failed) == ("valid", 8, {})
+    for row in first.methods:
+        assert row["quality"]["loss"] != first.base["quality"]["loss"]
+        low, high = row["intervals"]["loss"]
+        assert low <= row["quality"]["loss"] <= high
+        numbers = ["trainable_parameters", "training_peak_bytes", "training_tokens_per_second", "storage_bytes"]
+        assert all(row[name] > 0 for name in [*numbers, "padded_tokens_per_second"])
+        assert [gap["rows"] for gap in row["gaps"]] == [32, 4]
+        assert row["speed"]["batch"] > 0 and (row["merged_speed"] is not None) == (row["kind"] == "lora")
+    assert sum(row["best"] for row in first.methods) == 1
+
+
+def test_storage_is_what_lies_in_the_folder(place: Path, first: CompareResult) -> None:
+    (lora,) = (place / "out" / "methods").glob("lora-*")
+    kept = ("adapter_model.safetensors", "adapter_config.json", "lorafleet.json")
+    assert first.methods[0]["storage_bytes"] == sum((lora / "train" / name).stat().st_size for name in kept)
+
+
+def test_quality_is_what_eval_finds(place: Path, first: CompareResult) -> None:
+    (lora,) = (place / "out" / "methods").glob("lora-*")
+    found = lorafleet.evaluate(adapter=str(lora / "train"), data=str(place / "rows.jsonl"), split="valid", device="cpu")
+    assert found.metrics["adapter"]["loss"] == pytest.approx(first.methods[0]["quality"]["loss"], rel=1e-5)
+    assert found.metrics["base"]["loss"] == pytest.approx(first.base["quality"]["loss"], rel=1e-5)
+
+
+def test_the_report_says_it(place: Path, first: CompareResult) -> None:
+    out = place / "out"
+    text = (out / "report.md").read_text()
+    for title in ("Parameters and memory", "Training speed", "Inference speed", "Storage", "Quality"):
+        assert f"## {title}\n" in text
+    assert f"{first.methods[0]['trainable_parameters']:,}" in text
+    page = (out / "report.html").read_text()
+    assert page.count("<svg") == 6 and "<script" not in page and "src=" not in page
+    assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(first.as_dict()))
+
+
+def test_the_same_call_again_measures_nothing_and_another_method_joins(place: Path, first: CompareResult) -> None:
+    parts = {path: path.stat().st_mtime_ns for path in (place / "out").glob("methods/*/use.json")}
+    again = compare(settings(place, methods="lora:r=2,bottleneck:bottleneck_size=2"))
+    assert {row["kind"] for row in again.methods} == {"lora", "bottleneck", "prefix_tuning"}
+    assert all(path.stat().st_mtime_ns == then for path, then in parts.items())
+
+
+def test_other_settings_are_refused_by_name(place: Path, first: CompareResult) -> None:
+    with pytest.raises(CheckpointError, match=r"training\.max_steps: 4 then, 5 now"):
+        compare(settings(place, max_steps=5))
+
+
+def test_a_method_that_fails_is_a_row_with_its_error(place: Path) -> None:
+    knobs = settings(place, output_dir=str(place / "failing"), small_rows=0)
+    result = compare(knobs | {"methods": "lora:r=2,learning_rate=1e30,lora:r=4"})
+    assert [row["name"] for row in result.methods] == ["lora:r=4"]
+    assert "stopped in step" in result.failed["lora:r=2,learning_rate=1e30"]
+    assert "lora:r=2,learning_rate=1e30 could not be measured" in (place / "failing" / "report.md").read_text()
+
+
+def test_learning_rates_are_found(place: Path) -> None:
+    knobs = settings(place, output_dir=str(place / "rates"), small_rows=0, tune_lr=True, lr_runs=2, lr_steps=3)
+    (row,) = compare(knobs | {"methods": "lora:r=2"}).methods
+    runs = row["rates"]["runs"]
+    assert len(runs) == 3 and row["rates"]["steps"] == 3  # two, and one beyond the better one
+    assert row["rates"]["rate"] == min(runs, key=lambda run: run["loss"])["rate"]
+
+
+def test_faults_are_named_before_anything_is_trained(place: Path) -> None:
+    knobs = settings(place, output_dir=str(place / "never"))
+    with pytest.raises(ConfigError) as caught:
+        compare(knobs | {"methods": "fulll,lora:rang=3,prefix:num_virtual_tokenz=2"})
+    assert caught.match("did you mean 'full'") and caught.match("rang") and caught.match("'num_virtual_tokens'")
+    with pytest.raises(ConfigError, match="method bitfit: .* has no biases"):
+        compare(knobs | {"methods": "bitfit,lora"})
+    with pytest.raises(ConfigError, match="method lora:target_modules=nothing"):
+        compare(knobs | {"methods": "lora:target_modules=nothing"})
+    with pytest.raises(DataError, match="fewer than 2 rows are held out"):
+        compare(knobs | {"valid_fraction": 0.0})
+    assert not (place / "never").exists()
