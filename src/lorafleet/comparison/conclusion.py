@@ -46,7 +46,7 @@ def _beside_full(row: Row, full: Row, before: float, merit: str) -> str:
     sign = -1 if merit in FALLING else 1
     cost = f"{row['trainable_parameters'] / full['trainable_parameters']:.2%} of its trained parameters"
     if sign * whole <= 0:
-        return f"{row['name']} trains {cost}; full fine-tuning gained nothing to compare with."
+        return f"Full fine-tuning gained nothing that {row['name']}, with {cost}, could be compared with."
     noise = " The two are within noise of each other." if row["within_noise"] and full["within_noise"] else ""
     return f"{row['name']} reached {gain / whole:.1%} of full fine-tuning's gain with {cost}.{noise}"
 

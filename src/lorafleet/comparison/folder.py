@@ -8,18 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from lorafleet.comparison.jobs import Settings
 from lorafleet.config.yaml_text import dump_mapping
 from lorafleet.errors import CheckpointError
 from lorafleet.files.atomic import write_json, write_text
-from lorafleet.files.run_folder import SETTINGS, provenance
+from lorafleet.files.run_folder import SETTINGS, locked, provenance
 from lorafleet.models.digest import sha256_json
 from lorafleet.training.checkpoint import differences
 
 METHODS, RESULTS, IDENTITY = "methods", "results.json", "compare.json"
-_LOCK = ".lorafleet.lock"
 
 
 def slug(name: str) -> str:
@@ -51,15 +48,7 @@ def open_comparison(output_dir: Path, settings: Settings) -> Iterator[Path]:
                 + "\n  - ".join(differing)
                 + "\nGive the same, or --overwrite to begin anew, or another --output-dir"
             )
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(output_dir / _LOCK, timeout=0)
-        lock.acquire()
-    except Timeout as error:
-        raise CheckpointError(f"another process is comparing in {output_dir}; wait, or choose another") from error
-    except OSError as error:
-        raise CheckpointError(f"cannot write in {output_dir}: {error.strerror or error}") from error
-    try:
+    with locked(output_dir):
         if known.exists() and run.overwrite:
             shutil.rmtree(output_dir / METHODS, ignore_errors=True)
             for name in (IDENTITY, RESULTS, "report.md", "report.html"):
@@ -68,8 +57,6 @@ def open_comparison(output_dir: Path, settings: Settings) -> Iterator[Path]:
         write_text(output_dir / SETTINGS, dump_mapping(_given(settings)))
         write_json(output_dir / "provenance.json", provenance())
         yield output_dir
-    finally:
-        lock.release()
 
 
 def _given(settings: Settings) -> dict[str, Any]:

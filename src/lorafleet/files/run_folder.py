@@ -53,6 +53,17 @@ def open_run(output_dir: str | Path, *, resume: str | bool = False, overwrite: b
     """
     output_dir = Path(output_dir)
     checkpoint = _check(output_dir, resume, overwrite)
+    with locked(output_dir):
+        yield checkpoint
+
+
+@contextmanager
+def locked(output_dir: Path) -> Iterator[None]:
+    """Make a folder where it is missing, and keep other processes out of it for the length of a ``with`` block.
+
+    Raises:
+        CheckpointError: Another process is in it, or it cannot be written.
+    """
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         lock = FileLock(output_dir / _LOCK, timeout=0)
@@ -62,7 +73,7 @@ def open_run(output_dir: str | Path, *, resume: str | bool = False, overwrite: b
     except OSError as error:
         raise CheckpointError(f"cannot write in {output_dir}: {error.strerror or error}") from error
     try:
-        yield checkpoint
+        yield
     finally:
         lock.release()
 
