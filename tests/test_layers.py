@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "lorafleet"
 LAYERS = ["errors", "config", "lora", "models", "files", "methods", "data", "generation", "evaluation", "training"]
-LAYERS += ["search", "comparison", "registry", "fleet", "serving", "export", "cli"]
+LAYERS += ["search", "estimation", "advice", "comparison", "registry", "fleet", "serving", "export", "cli"]
 FILES = sorted(SOURCE.rglob("*.py"))
 
 

@@ -14,9 +14,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lorafleet.advice.run import advise
     from lorafleet.comparison.run import compare
     from lorafleet.config import LoraConfig
     from lorafleet.data.run import inspect_data
+    from lorafleet.estimation.run import estimate
     from lorafleet.evaluation.run import evaluate
     from lorafleet.export.merged import merge
     from lorafleet.files.inspection import inspect
@@ -34,8 +36,10 @@ __all__ = [
     "LoraLinear",
     "Routing",
     "__version__",
+    "advise",
     "compare",
     "doctor",
+    "estimate",
     "evaluate",
     "generate",
     "inject_lora",
@@ -51,8 +55,10 @@ _HOMES = {
     "LoraConfig": "lorafleet.config",
     "LoraLinear": "lorafleet.lora",
     "Routing": "lorafleet.lora",
+    "advise": "lorafleet.advice.run",
     "compare": "lorafleet.comparison.run",
     "doctor": "lorafleet.models.machine",
+    "estimate": "lorafleet.estimation.run",
     "evaluate": "lorafleet.evaluation.run",
     "generate": "lorafleet.generation.run",
     "inject_lora": "lorafleet.lora",

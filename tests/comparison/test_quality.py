@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from lorafleet.comparison.quality import difference, interval, quality_intervals
+from lorafleet.comparison.quality import difference, interval, quality_intervals, text_tests
+from lorafleet.evaluation.text_metrics import text_scores
 
 
 def test_an_interval_of_a_share_is_that_of_the_binomial() -> None:
@@ -39,3 +40,15 @@ def test_a_difference_of_the_same_rows_is_paired() -> None:
     assert low == pytest.approx(0.01) and high == pytest.approx(0.01)
     same = {"label_right": [1.0, 0.0] * 20}
     assert difference(same, same, "accuracy") == (0.0, 0.0)
+
+
+def test_texts_are_resampled_by_rows() -> None:
+    references = [[f"the cat number {i} sat on the mat", f"cat {i} was on a mat"] for i in range(40)]
+    good = [several[0] for several in references]
+    worse = [text if i % 4 else "no idea at all" for i, text in enumerate(good)]
+    found = text_tests({"base": worse, "good": good, "again": good}, references, "good")
+    assert found["good"].intervals["chrf"] == pytest.approx((100, 100)) and found["good"].p_values == {}
+    assert found["again"].p_values["chrf"] > 0.5 > 0.01 > found["base"].p_values["bleu"]
+    for metric in ("bleu", "chrf"):
+        low, high = found["base"].intervals[metric]
+        assert low < text_scores(worse, references)[metric] < high

@@ -133,10 +133,10 @@ def test_what_cannot_be_inspected(tmp_path: Path) -> None:
 def test_a_70b_from_its_config_alone(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_3_70B))
     script = (
-        "import sys, json, lorafleet; from lorafleet.models.machine import peak_memory_bytes\n"
+        "import sys, json, torch, lorafleet; from lorafleet.models.machine import peak_memory_bytes\n"
         "found = lorafleet.inspect(sys.argv[1], r=16)\n"
         "heavy = [m for m in ('peft', 'datasets', 'sklearn', 'trl') if m in sys.modules]\n"
-        "print(json.dumps([found.as_dict(), peak_memory_bytes(), heavy]))"
+        "print(json.dumps([found.as_dict(), peak_memory_bytes(torch.device('cpu')), heavy]))"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(

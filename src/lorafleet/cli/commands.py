@@ -16,13 +16,16 @@ from lorafleet.cli.output import print_json, reporting
 from lorafleet.cli.quickstart import KNOBS, quickstart
 from lorafleet.config import (
     AdapterConfig,
+    AdviseConfig,
     CompareConfig,
     DataConfig,
+    EstimateConfig,
     EvaluationConfig,
     GenerationConfig,
     LoraConfig,
     MergeConfig,
     MethodConfig,
+    MethodsConfig,
     ModelConfig,
     PromptConfig,
     RunConfig,
@@ -104,10 +107,39 @@ COMMANDS = (
         "compare",
         "compare",
         "Measure methods beside each other: LoRA, full fine-tuning, prefix tuning, bottleneck adapters …",
-        (ModelConfig, DataConfig, LoraConfig, TrainingConfig, ValidationConfig, RunConfig, CompareConfig),
+        (
+            ModelConfig,
+            DataConfig,
+            LoraConfig,
+            TrainingConfig,
+            ValidationConfig,
+            RunConfig,
+            CompareConfig,
+            MethodsConfig,
+        ),
         examples=(
             "lorafleet compare --model smollm2-135m --data rows.jsonl --max-steps 60 --output-dir runs/methods",
             "lorafleet compare methods.yml --methods lora:r=8,dora:r=8,ia3",
+        ),
+    ),
+    Command(
+        "estimate",
+        "estimate",
+        "Work out parameters, memory, disk and time of methods before anything is trained.",
+        (ModelConfig, DataConfig, LoraConfig, TrainingConfig, MethodsConfig, EstimateConfig),
+        examples=(
+            "lorafleet estimate --model smollm2-135m --data rows.jsonl --methods full,lora:r=8,lora:r=64",
+            "lorafleet estimate run.yml --tasks 1000 --json",
+        ),
+    ),
+    Command(
+        "advise",
+        "advise",
+        "Choose settings for a model and rows, each with its reason, as a file for train.",
+        (ModelConfig, DataConfig, LoraConfig, TrainingConfig, ValidationConfig, AdviseConfig),
+        examples=(
+            "lorafleet advise --model smollm2-135m --data rows.jsonl > run.yml && lorafleet train run.yml",
+            "lorafleet advise --model smollm2-135m --data rows.jsonl --goal memory --max-steps 100",
         ),
     ),
     Command(

@@ -1,6 +1,6 @@
 """How the result of each command is shown to people, on stdout."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,9 +13,11 @@ from lorafleet.evaluation.metrics import in_figures
 from lorafleet.search.space import in_words
 
 if TYPE_CHECKING:
+    from lorafleet.advice.run import Advice
     from lorafleet.cli.quickstart import QuickstartResult
     from lorafleet.comparison.result import CompareResult
     from lorafleet.data.report import DataReport
+    from lorafleet.estimation.result import Estimate, MethodEstimate
     from lorafleet.evaluation.run import EvalResult
     from lorafleet.export.merged import MergeResult
     from lorafleet.files.inspection import Inspection
@@ -94,6 +96,60 @@ def _differences(result: "EvalResult") -> list[tuple[str, str]]:
             points = 100 * (result.metrics["adapter"]["accuracy"] - other)
             rows.append((f"adapter against {name}", f"{points:+.1f} points, McNemar p = {p_value:.2g}"))
     return rows
+
+
+def estimate(result: "Estimate") -> None:
+    """Time, memory by part, where it fits, and what has to be kept."""
+    rates, methods = result.rates, result.methods
+    parts = [name for name in vars(methods[0].memory) if any(vars(one.memory)[name] for one in methods)]
+    precisions = list(methods[0].answering)
+    time = _numbers("method", "trained parameters", "of the base", "steps", "GFLOP a token", "tokens/s", "time")
+    memory = _numbers("memory in training", *parts, "together")
+    places = _numbers("on a GPU, base in", *precisions, *methods[0].fits)
+    kept = _numbers("answering 8 rows", *precisions, "a task's file", f"{result.tasks:,} tasks on disk")
+    for one in methods:
+        time.add_row(
+            one.name,
+            f"{one.trainable_parameters:,}",
+            f"{one.trainable_share:.3%}",
+            f"{one.steps:,}",
+            f"{one.flops_per_token / 1e9:,.2f}",
+            f"{one.tokens_per_second:,.0f}",
+            clock(one.seconds),
+        )
+        memory.add_row(one.name, *(size(vars(one.memory)[part]) for part in parts), size(one.memory.total))
+        places.add_row(one.name, *map(size, one.by_precision.values()), *(_fitting(one, p) for p in one.fits.values()))
+        kept.add_row(one.name, *map(size, one.answering.values()), size(one.storage_bytes), size(one.tasks_bytes))
+    speed = f"{rates.flops / 1e9:,.0f} GFLOP/s in products of this shape, {rates.traffic / 1e9:,.0f} GB/s beside them"
+    put(
+        facts(
+            [
+                ("base", f"{result.model}, {result.total_parameters:,} parameters, {size(result.base_bytes)}"),
+                ("rows", result.data),
+                (rates.device, f"{result.dtype}, {size(result.available_bytes)} free, {speed}"),
+            ]
+        ),
+        *(time, memory, places, kept),
+        "Time is that of the steps alone, without evaluations.",
+    )
+
+
+def advise(result: "Advice") -> None:
+    """The file for ``train``, as it is."""
+    click.echo(result.yaml, nl=False)
+
+
+def _fitting(one: "MethodEstimate", precisions: Sequence[str]) -> str:
+    possible = [name for name, needed in one.by_precision.items() if needed is not None]
+    return "any" if list(precisions) == possible else ", ".join(precisions) or "no"
+
+
+def _numbers(*columns: str) -> Table:
+    """A table of numbers: all columns but the first to the right."""
+    table = Table(*columns)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    return table
 
 
 def generate(result: "GenerateResult") -> None:

@@ -3,12 +3,14 @@
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lorafleet.comparison.jobs import Settings
+from lorafleet.config.compare import MethodsConfig
+from lorafleet.config.knob import Section
 from lorafleet.config.yaml_text import dump_mapping
 from lorafleet.errors import CheckpointError
 from lorafleet.files.atomic import write_json, write_text
@@ -26,7 +28,7 @@ def slug(name: str) -> str:
 
 
 @contextmanager
-def open_comparison(output_dir: Path, settings: Settings) -> Iterator[Path]:
+def open_comparison(output_dir: Path, settings: Settings, methods: MethodsConfig) -> Iterator[Path]:
     """Take the folder for the length of a ``with`` block; what another call has measured in it is gone on with.
 
     Raises:
@@ -54,12 +56,12 @@ def open_comparison(output_dir: Path, settings: Settings) -> Iterator[Path]:
             for name in (IDENTITY, RESULTS, "report.md", "report.html"):
                 (output_dir / name).unlink(missing_ok=True)
         write_json(known, identity)
-        write_text(output_dir / SETTINGS, dump_mapping(_given(settings)))
+        write_text(output_dir / SETTINGS, dump_mapping(_given((*settings, methods))))
         write_json(output_dir / "provenance.json", provenance())
         yield output_dir
 
 
-def _given(settings: Settings) -> dict[str, Any]:
+def _given(settings: Sequence[Section]) -> dict[str, Any]:
     """The knobs that were given, to be given again; what a method has of its own where nobody says stays unsaid."""
     given: dict[str, Any] = {}
     for section in settings:
@@ -77,5 +79,5 @@ def _identity(settings: Settings) -> dict[str, Any]:
         "training": training.model_dump(mode="json", exclude_unset=True),
         "validation": validation.model_dump(mode="json"),
         "run": run.model_dump(mode="json", include={"max_eval_rows", "num_threads", "gradient_checkpointing"}),
-        "comparison": own.model_dump(mode="json", exclude={"methods"}),
+        "comparison": own.model_dump(mode="json"),
     }

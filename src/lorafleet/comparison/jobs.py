@@ -32,7 +32,7 @@ from lorafleet.config.training import RunConfig, TrainingConfig, ValidationConfi
 from lorafleet.config.use import AdapterConfig, GenerationConfig
 from lorafleet.data.load import load_data
 from lorafleet.errors import Interrupted, LorafleetError, TrainingError
-from lorafleet.evaluation.measure import measure, short_answer
+from lorafleet.evaluation.measure import measure, references_of, short_answer
 from lorafleet.evaluation.token_loss import LossModel, mean_losses, row_losses
 from lorafleet.files.adapter import CONFIG, WEIGHTS
 from lorafleet.files.atomic import write_json, write_text
@@ -44,7 +44,7 @@ from lorafleet.generation.adapted import Adapted, load_adapted
 from lorafleet.lora import LoraBank
 from lorafleet.methods.method import Method
 from lorafleet.models.load import load_base
-from lorafleet.models.machine import peak_memory_bytes
+from lorafleet.models.machine import peak_memory_bytes, pick_device
 from lorafleet.training.interrupt import listen
 from lorafleet.training.run import train
 from lorafleet.training.setup import held_out_rows, prepare_machine
@@ -172,6 +172,10 @@ def use_method(job: Job, trained: Mapping[str, Any]) -> dict[str, Any]:
     for key in ("label_right", "text_right"):
         if predictions and key in predictions[0]:
             found["rows"][key] = [float(entry[key]) for entry in predictions]
+    answered = [i for i, row in enumerate(rows) if asks and row.prompt_length and short_answer(row) is None]
+    if answered:
+        found["rows"]["texts"] = [predictions[i]["text"] for i in answered]
+        found["rows"]["references"] = [references_of(rows[i]) for i in answered]
     found["intervals"] = quality_intervals(found["rows"])
     general = load_data(DataConfig(data=GENERAL, max_length=data_config.max_length), base.tokenizer).splits["test"]
     spent, tokens = map(sum, zip(*row_losses(loss_model, list(general), slot, size), strict=True))
@@ -210,13 +214,14 @@ def _bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in files)
 
 
-def run_job(function: Callable[..., dict[str, Any]], path: Path, *arguments: Any) -> dict[str, Any]:
+def run_job(function: Callable[..., dict[str, Any]], path: Path, job: Job, *arguments: Any) -> dict[str, Any]:
     """Let a process do a part, unless what it found is there already.
 
     Args:
         function: The part.
         path: Where what it finds is kept.
-        arguments: For the function.
+        job: Its first argument.
+        arguments: Its others.
 
     Raises:
         Interrupted: SIGINT or SIGTERM came; the process was told.
@@ -227,7 +232,7 @@ def run_job(function: Callable[..., dict[str, Any]], path: Path, *arguments: Any
     path.parent.mkdir(parents=True, exist_ok=True)
     why = path.with_suffix(".error")
     why.unlink(missing_ok=True)
-    process = _context().Process(target=_part, args=(function, path, why, arguments))
+    process = _context().Process(target=_part, args=(function, path, why, job, arguments))
     with listen() as asked_to_stop:
         process.start()
         try:
@@ -255,14 +260,14 @@ def _context() -> Any:
     return context
 
 
-def _part(function: Callable[..., dict[str, Any]], path: Path, why: Path, arguments: tuple[Any, ...]) -> None:
+def _part(function: Callable[..., dict[str, Any]], path: Path, why: Path, job: Job, arguments: tuple[Any, ...]) -> None:
     """The main function of a process: an error is a message in a file and an exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     try:
-        found = function(*arguments)
+        found = function(job, *arguments)
     except LorafleetError as error:
         write_text(why, str(error))
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(Interrupted.exit_code)
-    write_json(path, found | {"process_peak_bytes": peak_memory_bytes()})
+    write_json(path, found | {"process_peak_bytes": peak_memory_bytes(pick_device(job.settings[0].device))})

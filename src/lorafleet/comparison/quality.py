@@ -1,11 +1,17 @@
 """Quality with its uncertainty: bootstrap intervals over test rows."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from sacrebleu.significance import PairedTest
 from scipy.stats import bootstrap
+
+from lorafleet.evaluation.text_metrics import corpus_metrics, reference_streams
+
+logging.getLogger("sacrebleu").setLevel(logging.WARNING)  # it tells each step
 
 RESAMPLES = 2000
 
@@ -67,3 +73,40 @@ def difference(one: Mapping[str, Sequence[Any]], other: Mapping[str, Sequence[An
         return interval(lambda a, b, n: float((a.sum() - b.sum()) / n.sum()), *columns)
     key = {"accuracy": "label_right", "exact_match": "text_right"}[metric]
     return interval(lambda a, b: float(np.mean(a) - np.mean(b)), one[key], other[key])
+
+
+class TextTest(NamedTuple):
+    """BLEU and chrF of one method's texts.
+
+    Args:
+        intervals: Of each metric.
+        p_values: How likely it is by chance that a metric differs so much from the baseline's; none of the baseline.
+    """
+
+    intervals: dict[str, Interval]
+    p_values: dict[str, float]
+
+
+def text_tests(
+    texts: Mapping[str, Sequence[str]], references: Sequence[Sequence[str]], baseline: str
+) -> dict[str, TextTest]:
+    """Resample rows for metrics of a whole corpus: sacrebleu's paired bootstrap (Koehn 2004).
+
+    Args:
+        texts: By method, one text for each row.
+        references: What each row's text may be.
+        baseline: The method that the others are held against.
+    """
+    names = [baseline, *(name for name in texts if name != baseline)]
+    metrics = corpus_metrics(references)
+    systems = [(name, list(texts[name])) for name in names]
+    test = PairedTest(systems, metrics, reference_streams(references), test_type="bs", n_samples=RESAMPLES)
+    columns = [results for title, results in test()[1].items() if title != "System"]
+    found = {name: TextTest({}, {}) for name in names}
+    for metric, results in zip(metrics, columns, strict=True):
+        for name, one in zip(names, results, strict=True):
+            found[name].intervals[metric] = (float(one.mean - one.ci), float(one.mean + one.ci))
+            if one.p_value is not None:
+                # Of equal scores sacrebleu would say that they differ.
+                found[name].p_values[metric] = float(one.p_value) if one.score != results[0].score else 1.0
+    return found

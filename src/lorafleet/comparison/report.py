@@ -99,10 +99,12 @@ def _with_interval(row: Row, metric: str) -> str:
 def _place(row: Row, merit: str) -> str:
     if row["best"]:
         return f"best {in_words(merit)}"
-    if row["behind_best"] is None:
-        return ""
     if row["within_noise"]:
         return "within noise"
+    if row.get("p_value") is not None:
+        return f"behind (p = {row['p_value']:.2g})"
+    if row["behind_best"] is None:
+        return ""
     low, high = (abs(one) for one in row["behind_best"])
     return f"behind by {in_figures(merit, min(low, high))} to {in_figures(merit, max(low, high))}"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from lorafleet.comparison.folder import METHODS
 from lorafleet.comparison.jobs import GENERAL
-from lorafleet.comparison.quality import difference
+from lorafleet.comparison.quality import difference, text_tests
 from lorafleet.config.data import DataConfig
 from lorafleet.config.model import ModelConfig
 from lorafleet.data.load import Data
@@ -18,6 +18,10 @@ MERITS = ("accuracy", "exact_match", "chrf", "loss")
 """By which of these methods are ranked: the first that the rows can give."""
 
 FALLING = ("loss", "perplexity")
+
+BASE = "base"
+CHANCE = 0.05
+"""A difference that chance makes more often than so is within noise."""
 
 _PARTS = ("method", "rate", "train", "small", "padded", "use", "error")
 
@@ -68,6 +72,7 @@ def gather(folder: Path, model: ModelConfig, data_config: DataConfig, data: Data
     measured.sort(key=lambda row: -row["trainable_parameters"])
     merit = next(name for name in MERITS if name in base["quality"])
     _against_best(measured, merit)
+    _test_texts(base, measured, merit)
     split = "test" if "test" in data.splits else "valid"
     for one in (base, *measured):
         one.pop("rows")
@@ -144,3 +149,20 @@ def _against_best(measured: list[dict[str, Any]], merit: str) -> None:
         row["best"] = row is best
         row["behind_best"] = gap
         row["within_noise"] = row is best or (gap is not None and gap[0] <= 0 <= gap[1])
+
+
+def _test_texts(base: dict[str, Any], measured: list[dict[str, Any]], merit: str) -> None:
+    """Intervals of BLEU and chrF; where chrF is the merit, whether a method is behind the best by more than chance."""
+    references = base["rows"].get("references")
+    if not references or not measured:
+        return
+    best = next(row for row in measured if row["best"])
+    texts = {row["name"]: row["rows"]["texts"] for row in measured}
+    found = text_tests({**texts, BASE: base["rows"]["texts"]}, references, best["name"])
+    base["intervals"] |= found[BASE].intervals
+    for row in measured:
+        test = found[row["name"]]
+        row["intervals"] |= test.intervals
+        if merit == "chrf":
+            row["p_value"] = test.p_values.get(merit)
+            row["within_noise"] = row is best or test.p_values[merit] >= CHANCE

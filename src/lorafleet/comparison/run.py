@@ -13,7 +13,7 @@ from lorafleet.comparison.folder import METHODS, RESULTS, open_comparison, slug
 from lorafleet.comparison.jobs import Job, overfit, padded_speed, run_job, search_rate, train_method, use_method
 from lorafleet.comparison.report import write_report
 from lorafleet.comparison.result import CompareResult, gather
-from lorafleet.config.compare import CompareConfig
+from lorafleet.config.compare import CompareConfig, MethodsConfig
 from lorafleet.config.data import DataConfig
 from lorafleet.config.load import load_sections
 from lorafleet.config.lora import LoraConfig
@@ -33,7 +33,16 @@ from lorafleet.training.setup import check_run, held_out_rows
 
 logger = logging.getLogger(__name__)
 
-SECTIONS = (ModelConfig, DataConfig, LoraConfig, TrainingConfig, ValidationConfig, RunConfig, CompareConfig)
+SECTIONS = (
+    ModelConfig,
+    DataConfig,
+    LoraConfig,
+    TrainingConfig,
+    ValidationConfig,
+    RunConfig,
+    CompareConfig,
+    MethodsConfig,
+)
 
 
 def compare(config: Mapping[str, Any] | str | Path | None = None, /, **knobs: Any) -> CompareResult:
@@ -53,9 +62,9 @@ def compare(config: Mapping[str, Any] | str | Path | None = None, /, **knobs: An
         CheckpointError: ``output_dir`` holds a comparison with other settings.
         Interrupted: SIGINT or SIGTERM came; what is measured is kept.
     """
-    settings = load_sections(SECTIONS, config, knobs)
-    model, data_config, lora, training, _, run, own = settings
-    methods = find_methods(parse_methods(own.methods), lora, training)
+    model, data_config, lora, training, validation, run, own, wanted = load_sections(SECTIONS, config, knobs)
+    settings = (model, data_config, lora, training, validation, run, own)
+    methods = find_methods(parse_methods(wanted.methods), lora, training)
     check_run(model, run)
     source = find_source(model)
     faults = [fault for method in methods for fault in _unfit(model, method)]
@@ -63,7 +72,7 @@ def compare(config: Mapping[str, Any] | str | Path | None = None, /, **knobs: An
     data = load_data(data_config, load_tokenizer(model))
     _check_rows(data, run)
     logger.info("%s", as_text(data.report.render()))
-    with open_comparison(Path(run.output_dir), settings) as folder:
+    with open_comparison(Path(run.output_dir), settings, wanted) as folder:
         base = Job(settings, Method("base", "base", None, training), folder / METHODS / "base", 0)
         _tell("base", "using it")
         run_job(use_method, base.folder / "use.json", base, {"method": "base"})

@@ -1,6 +1,7 @@
 """Every knob, declared once with type, unit and reason; YAML in and out. Imports no torch."""
 
-from lorafleet.config.compare import CompareConfig
+from lorafleet.config.advice import AdviseConfig
+from lorafleet.config.compare import CompareConfig, EstimateConfig, MethodsConfig
 from lorafleet.config.data import DataConfig
 from lorafleet.config.knob import Section, knob, other_names, switches
 from lorafleet.config.load import dump_sections, known_names, load_sections
@@ -13,13 +14,16 @@ from lorafleet.config.use import AdapterConfig, EvaluationConfig, GenerationConf
 
 __all__ = [
     "AdapterConfig",
+    "AdviseConfig",
     "CompareConfig",
     "DataConfig",
+    "EstimateConfig",
     "EvaluationConfig",
     "GenerationConfig",
     "LoraConfig",
     "MergeConfig",
     "MethodConfig",
+    "MethodsConfig",
     "ModelConfig",
     "PromptConfig",
     "RunConfig",

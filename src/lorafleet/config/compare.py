@@ -1,14 +1,19 @@
-"""The knobs of a comparison of methods."""
+"""The knobs of a comparison of methods, and of estimating what they need."""
 
 from lorafleet.config.knob import Section, knob
 
 
-class CompareConfig(Section):
-    """Which methods are compared, and how each finds its learning rate."""
+class MethodsConfig(Section):
+    """Which methods stand beside each other."""
 
     methods: str | list[str] = knob(
         "full,lora:r=8,lora:r=16,prefix,bottleneck", "What to compare, as --method of train takes it, with commas."
     )
+
+
+class CompareConfig(Section):
+    """How each method finds its learning rate, and what is measured."""
+
     tune_lr: bool = knob(
         True, "Let each method find its own learning rate first: full fine-tuning wants a tenth of LoRA's."
     )
@@ -23,3 +28,9 @@ class CompareConfig(Section):
     )
     max_test_rows: int = knob(200, "Test rows that quality is measured on.", ge=2)
     new_tokens: int = knob(32, "Tokens generated where inference is timed.", ge=2)
+
+
+class EstimateConfig(Section):
+    """What is worked out besides training."""
+
+    tasks: int = knob(100, "Tasks or users that are to have an adapter, or a model, of their own.", ge=1)

@@ -18,6 +18,7 @@ D = TypeVar("D", bound=Section)
 E = TypeVar("E", bound=Section)
 F = TypeVar("F", bound=Section)
 G = TypeVar("G", bound=Section)
+H = TypeVar("H", bound=Section)
 
 Source = Mapping[str, Any] | str | os.PathLike[str] | None
 
@@ -56,6 +57,12 @@ def load_sections(
     source: Source,
     knobs: Mapping[str, Any],
 ) -> tuple[A, B, C, D, E, F, G]: ...
+@overload
+def load_sections(
+    sections: tuple[type[A], type[B], type[C], type[D], type[E], type[F], type[G], type[H]],
+    source: Source,
+    knobs: Mapping[str, Any],
+) -> tuple[A, B, C, D, E, F, G, H]: ...
 @overload
 def load_sections(
     sections: tuple[type[Section], ...], source: Source, knobs: Mapping[str, Any]

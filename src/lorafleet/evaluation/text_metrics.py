@@ -31,16 +31,23 @@ def text_scores(texts: Sequence[str], references: Sequence[Sequence[str]]) -> di
     """
     from rouge_score.rouge_scorer import RougeScorer  # imports nltk: seconds
 
-    most = max(len(several) for several in references)
-    streams = [[several[i] if i < len(several) else None for several in references] for i in range(most)]
-    cjk = any(re.search(_CHARACTER, text) for several in references for text in several)
+    streams = reference_streams(references)
     rouge = RougeScorer(["rougeL"], tokenizer=_Words())
     best = [
         rouge.score_multi(list(several), text)["rougeL"].fmeasure
         for text, several in zip(texts, references, strict=True)
     ]
-    return {
-        "bleu": BLEU(tokenize="zh" if cjk else "13a").corpus_score(texts, streams).score,
-        "chrf": CHRF().corpus_score(texts, streams).score,
-        "rouge_l": 100 * sum(best) / len(best),
-    }
+    scores = {name: metric.corpus_score(texts, streams).score for name, metric in corpus_metrics(references).items()}
+    return {**scores, "rouge_l": 100 * sum(best) / len(best)}
+
+
+def corpus_metrics(references: Sequence[Sequence[str]]) -> dict[str, BLEU | CHRF]:
+    """Metrics of a whole corpus by sacrebleu, BLEU with the tokenizer that these references want."""
+    cjk = any(re.search(_CHARACTER, text) for several in references for text in several)
+    return {"bleu": BLEU(tokenize="zh" if cjk else "13a"), "chrf": CHRF()}
+
+
+def reference_streams(references: Sequence[Sequence[str]]) -> list[list[str | None]]:
+    """The references as sacrebleu takes them: the first of every row, the second of every row, and so on."""
+    most = max(len(several) for several in references)
+    return [[several[i] if i < len(several) else None for several in references] for i in range(most)]

@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 from lorafleet.models.digest import sha256_file, sha256_json
@@ -29,6 +30,7 @@ __all__ = [
     "write_files",
     "write_json",
     "write_new_file",
+    "write_new_tensors",
     "write_text",
 ]
 
@@ -128,6 +130,26 @@ def write_new_file(path: Path, data: bytes) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def write_new_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Create a safetensors file straight from the tensors' memory, flush it to disk, and return its SHA-256.
+
+    :func:`tensor_bytes` would hold everything twice more: of a whole model and its optimizer, gigabytes.
+
+    Raises:
+        OSError: The disk is full or fails.
+    """
+    try:
+        save_file(_apart(tensors), path, {"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+    handle = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+    return sha256_file(path)
 
 
 def sync_folder(folder: Path) -> None:

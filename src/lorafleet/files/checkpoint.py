@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lorafleet.errors import CheckpointError, raise_all
-from lorafleet.files.atomic import json_bytes, sha256_file, sync_folder, tensor_bytes, write_new_file
+from lorafleet.files.atomic import json_bytes, sha256_file, sync_folder, write_new_file, write_new_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -50,16 +50,18 @@ def save_checkpoint(
     output_dir = Path(output_dir)
     final = output_dir / f"checkpoint-{step}"
     partial = output_dir / f".checkpoint-{step}.partial"
-    contents = {TENSORS: tensor_bytes(tensors), STATE: json.dumps(dict(state), indent=1).encode()}
+    text = json.dumps(dict(state), indent=1).encode()
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         if partial.exists():
             shutil.rmtree(partial)
         partial.mkdir()
-        for name, data in contents.items():
-            write_new_file(partial / name, data)
-        # Hashes of what was meant, not of what was read back.
-        files = {name: {"bytes": len(d), "sha256": hashlib.sha256(d).hexdigest()} for name, d in contents.items()}
+        digest = write_new_tensors(partial / TENSORS, tensors)
+        write_new_file(partial / STATE, text)
+        files = {
+            TENSORS: {"bytes": (partial / TENSORS).stat().st_size, "sha256": digest},
+            STATE: {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()},
+        }
         write_new_file(partial / MANIFEST, json_bytes({"format": _FORMAT, "step": step, "files": files}))
         sync_folder(partial)
         _move_into_place(partial, final)

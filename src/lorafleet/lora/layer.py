@@ -287,6 +287,12 @@ class LoraLinear(nn.Module):
         return f"in={self.in_features}, out={self.out_features}, ranks={self.ranks}"
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The precision that autocast asks for; none outside it, and on the meta device, which does not know it."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device) else None
+
+
 def outputs(layers: Sequence[LoraLinear], x: Tensor) -> list[Tensor]:
     """What layers that read the same ``x (..., in)`` answer, each ``(..., out)``."""
     router, features = layers[0].router, layers[0].in_features
@@ -295,8 +301,7 @@ def outputs(layers: Sequence[LoraLinear], x: Tensor) -> list[Tensor]:
     segments = [s for s in laid if s.slot >= 0 and any(layer.active(s.slot) for layer in layers)]
     if not segments and any(layer.packed is None for layer in layers):
         return [layer.base_layer(x) for layer in layers]
-    device = x.device.type
-    lower = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    lower = autocast_dtype(x)
     flat = x.reshape(tokens, features) if lower is None else x.reshape(tokens, features).to(lower)
     parts = [layer.tensors(segments, lower) for layer in layers]
     found = [

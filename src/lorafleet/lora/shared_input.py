@@ -11,7 +11,7 @@ from weakref import ReferenceType, ref
 import torch
 from torch import Tensor
 
-from lorafleet.lora.layer import LoraLinear, outputs
+from lorafleet.lora.layer import LoraLinear, autocast_dtype, outputs
 
 
 class SharedInput:
@@ -31,9 +31,8 @@ class SharedInput:
         # Tensors of inference mode do not say when they were changed.
         if x.is_inference() or any(one.training and any(one.dropouts) for one in self.layers):
             return outputs([layer], x)[0]
-        router, device = layer.router, x.device.type
-        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-        state = (x._version, router.routing, router.enabled, torch.is_grad_enabled(), autocast)
+        router = layer.router
+        state = (x._version, router.routing, router.enabled, torch.is_grad_enabled(), autocast_dtype(x))
         known = self._input is not None and self._input() is x and self._state == state
         if not known or id(layer) not in self._waiting:
             self._waiting = dict(zip(map(id, self.layers), outputs(self.layers, x), strict=True))

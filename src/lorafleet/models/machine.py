@@ -78,10 +78,10 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def peak_memory_bytes() -> int:
-    """Most memory this process has held so far, in bytes; where a GPU was used, the most held on the GPU."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        held: int = torch.cuda.max_memory_allocated()
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory this process has held so far, in bytes: on a GPU, or on the host for any other device."""
+    if device.type == "cuda":
+        held: int = torch.cuda.max_memory_allocated(device)
         return held
     status = Path("/proc/self/status")
     if status.exists():
@@ -129,9 +129,9 @@ def memory_of(run: Callable[[], object], device: torch.device) -> int | None:
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)  # or the run would use what earlier work left in the process
     _CLEAR_REFS.write_text("5")  # the peak starts anew from what is held now
-    before = peak_memory_bytes()
+    before = peak_memory_bytes(device)
     run()
-    return peak_memory_bytes() - before
+    return peak_memory_bytes(device) - before
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
@@ -207,7 +207,7 @@ def doctor() -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": package_versions(),
         "device": _device_facts(device),
-        "memory": memory | {"peak_bytes": peak_memory_bytes()},
+        "memory": memory | {"peak_bytes": peak_memory_bytes(device)},
         "threads": threads,
         "matmul_gflops": round(matmul_peak(seconds=0.3) / 1e9, 1),
         "cache": cache,

@@ -134,7 +134,8 @@ class Population:
     def _passes(self, active: Sequence[Member], present: list[int]) -> list[list[int]]:
         """Which members share a forward pass: all that fit, unless dropout masks cover padding of the longest row."""
         dropout = any(self.bank.drops(active[number].slot) for number in present)
-        size = 1 if dropout and not self.loss_model.flat else self.together or len(present)
+        most = 1 if dropout and not self.loss_model.flat else self.together or len(present)
+        size = math.ceil(len(present) / math.ceil(len(present) / most))  # as equal as can be
         return [present[start : start + size] for start in range(0, len(present), size)]
 
     def _update(self, member: Member, window: Window, loss: float, norm: float) -> float | None:

@@ -181,7 +181,7 @@ def _result(
         total_parameters=sum(p.numel() for p in base.model.parameters()) - adapted,
         trainable_parameters=trainable,
         tokens_per_second=progress.tokens / progress.seconds if progress.seconds else 0.0,
-        peak_memory_bytes=peak_memory_bytes(),
+        peak_memory_bytes=peak_memory_bytes(base.device),
         seconds=time.perf_counter() - started,
     )
 

@@ -1,0 +1,15 @@
+"""The knobs of advice."""
+
+from typing import Literal
+
+from lorafleet.config.knob import Section, knob
+
+
+class AdviseConfig(Section):
+    """What the settings are to be good for."""
+
+    goal: Literal["quality", "speed", "memory", "edge", "many_tasks"] = knob(
+        "quality",
+        "What matters most: quality, speed of training, memory in training, small devices (edge), or many adapters on "
+        "one base (many_tasks).",
+    )

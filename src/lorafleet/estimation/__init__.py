@@ -1,0 +1,1 @@
+"""What methods will need, worked out from shapes before anything is trained."""

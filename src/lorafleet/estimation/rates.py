@@ -1,0 +1,99 @@
+"""How fast this machine is at what training consists of, measured in about a second."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from lorafleet.estimation.step import StepCost
+from lorafleet.lora.packed import pack
+
+_SECONDS = 0.25
+"""How long each rate is measured."""
+
+CALL_SHARE = 4.0
+"""Time from one kernel to the next in a model, Python's part included, over that of a bare call.
+
+Found by ``benchmarks.estimate``."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """This machine's rates.
+
+    Attributes:
+        device: Where they were measured.
+        flops: Operations a second of products with a frozen weight.
+        flops_trained: The same with a weight that trains, which cannot be laid out for them.
+        traffic: Bytes a second that elementwise work reads and writes.
+        call: Seconds of calling a kernel.
+    """
+
+    device: str
+    flops: float
+    flops_trained: float
+    traffic: float
+    call: float
+
+    def seconds(self, cost: StepCost, *, frozen: bool) -> float:
+        """The time of a forward and a backward pass."""
+        products = cost.flops / (self.flops if frozen else self.flops_trained)
+        return products + cost.traffic / self.traffic + cost.calls * self.call * CALL_SHARE
+
+
+def measure_rates(device: torch.device, dtype: torch.dtype, tokens: int, width: int, inner: int) -> Rates:
+    """Measure with the shapes of a model.
+
+    Args:
+        device: Where.
+        dtype: Precision of the products.
+        tokens: Rows.
+        width: The model's hidden size.
+        inner: Width inside its MLP.
+    """
+    x = torch.randn(tokens, width, device=device, dtype=dtype)
+    # Several weights, as a model has: one alone would stay in the cache.
+    weights = [torch.randn(inner, width, device=device, dtype=dtype) for _ in range(8)]
+    packed = [pack(weight) for weight in weights]
+    wide = [torch.randn(tokens, inner, device=device, dtype=dtype) for _ in range(8)]
+    small = torch.zeros(1, device=device)
+
+    def plain() -> None:
+        for weight in weights:
+            torch.mm(torch.mm(x, weight.T), weight)
+
+    def frozen() -> None:
+        for one in packed:
+            assert one is not None
+            one.input_gradient(one.linear(x, None))
+
+    def elementwise() -> None:
+        for one in wide:
+            torch.mul(one, 2)
+
+    def calls() -> None:
+        for _ in range(100):
+            torch.add(small, 1)
+
+    work = 2 * 2 * tokens * width * inner * len(weights)
+    trained = work / _fastest(plain, device)
+    return Rates(
+        device=str(device),
+        flops=trained if None in packed else work / _fastest(frozen, device),
+        flops_trained=trained,
+        traffic=2 * sum(one.nbytes for one in wide) / _fastest(elementwise, device),
+        call=_fastest(calls, device) / 100,
+    )
+
+
+def _fastest(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds of the fastest of several runs; the others were disturbed."""
+    run()
+    best, end = float("inf"), time.perf_counter() + _SECONDS
+    while (start := time.perf_counter()) < end:
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return best

@@ -1,0 +1,64 @@
+"""What one micro-batch takes, found out by running it on the meta device."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from lorafleet.data.batches import Part, TrainRow, collate
+from lorafleet.estimation.ledger import Ledger, NoValues
+from lorafleet.evaluation.token_loss import LossModel
+from lorafleet.lora import Slots
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """A forward and a backward pass.
+
+    Attributes:
+        tokens: Tokens of the micro-batch.
+        kept_bytes: What the backward pass needs of the forward pass.
+        peak_bytes: Most that was held beside the weights, gradients included.
+        logits_bytes: How many of those were logits.
+        flops: Operations of matrix products and attention.
+        traffic: Bytes read and written by everything else.
+        calls: Kernels called.
+    """
+
+    tokens: int
+    kept_bytes: int
+    peak_bytes: int
+    logits_bytes: int
+    flops: int
+    traffic: int
+    calls: int
+
+
+def step_cost(model: PreTrainedModel, slots: Slots, rows: Sequence[TrainRow]) -> StepCost:
+    """Run a micro-batch of slot 0 without values.
+
+    Args:
+        model: On the meta device.
+        slots: A method on it.
+        rows: The micro-batch.
+    """
+    with NoValues():
+        loss_model = LossModel(model, slots, pad_id=0)
+        loss_model.speed_up()
+    slots.train()
+    batch = collate([Part(0, rows)])
+    weights = [*model.parameters(), *model.buffers(), *(one.parameter for one in slots.slot_parameters(0).values())]
+    with NoValues(), Ledger(weights, model.config.get_text_config().vocab_size) as ledger:
+        total, _ = loss_model.losses(batch)
+        kept = ledger.live
+        total.backward()
+    slots.clear_gradients()
+    return StepCost(
+        tokens=batch.tokens,
+        kept_bytes=kept,
+        peak_bytes=ledger.peak,
+        logits_bytes=ledger.logits_at_peak,
+        flops=ledger.flops,
+        traffic=ledger.traffic,
+        calls=ledger.calls,
+    )
