@@ -79,6 +79,7 @@ def test_missing_losses_are_no_agreement() -> None:
         compare_losses({OURS: [2.0, 3.0], "other": [2.0]})
 
 
+@pytest.mark.slow
 def test_every_peer_may_batch_as_it_likes_in_throughput() -> None:
     job = tiny_job(phase="throughput", products=True, steps=5, skipped=1)
     ours = lorafleet_loop.run(job)

@@ -168,7 +168,3 @@ def test_every_command_has_its_verb_and_its_view() -> None:
         sections = getattr(sys.modules[verb.__module__], "SECTIONS", None)
         assert sections is None or sections == command.sections
         assert callable(getattr(show, command.verb))
-
-
-def test_docs_are_fresh() -> None:
-    subprocess.run([sys.executable, "-m", "lorafleet.cli.reference", "--check"], check=True)

@@ -90,6 +90,7 @@ def test_other_settings_are_refused_by_name(place: Path, first: CompareResult) -
         compare(settings(place, max_steps=5))
 
 
+@pytest.mark.slow
 def test_a_method_that_fails_is_a_row_with_its_error(place: Path) -> None:
     knobs = settings(place, output_dir=str(place / "failing"), small_rows=0)
     result = compare(knobs | {"methods": "lora:r=2,learning_rate=1e30,lora:r=4"})
@@ -98,6 +99,7 @@ def test_a_method_that_fails_is_a_row_with_its_error(place: Path) -> None:
     assert "lora:r=2,learning_rate=1e30 could not be measured" in (place / "failing" / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_learning_rates_are_found(place: Path) -> None:
     knobs = settings(place, output_dir=str(place / "rates"), small_rows=0, tune_lr=True, lr_runs=2, lr_steps=3)
     (row,) = compare(knobs | {"methods": "lora:r=2"}).methods

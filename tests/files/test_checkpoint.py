@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from lorafleet.errors import CheckpointError
+from lorafleet.files import atomic
 from lorafleet.files.checkpoint import load_checkpoint, newest_checkpoint, prune_checkpoints, save_checkpoint
 from tests.files.faults import count_calls, failing_disk
 
@@ -73,6 +75,20 @@ def test_a_failing_disk_leaves_the_old_checkpoint_good(tmp_path: Path, error: in
         assert value_of(save(run, 2, 3.0)) == 3.0
         assert prune_checkpoints(run, 1) == [run / "checkpoint-1"]
         assert sorted(p.name for p in run.iterdir()) == ["checkpoint-2"]
+
+
+def test_a_disk_too_full_for_the_tensors_leaves_the_old_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 1, 1.0)
+
+    def refuse(*_: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(atomic, "save_file", refuse)
+    with pytest.raises(CheckpointError, match=r"checkpoint-2: .*No space left.*checkpoint-1 is still good"):
+        save(tmp_path, 2, 2.0)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
 
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO])

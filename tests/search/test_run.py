@@ -287,7 +287,9 @@ def test_what_has_ended_is_measured_without_dropout(place: Path) -> None:
     assert result.trials[0]["metrics"]["loss"] == pytest.approx(losses[-1], rel=1e-6)
 
 
-@pytest.mark.parametrize("sampler", ["random", "tpe", "cmaes", "nsga2"])
+@pytest.mark.parametrize(
+    "sampler", ["tpe", *(pytest.param(name, marks=pytest.mark.slow) for name in ("random", "cmaes", "nsga2"))]
+)
 def test_samplers_choose_by_number_and_seed(place: Path, sampler: str) -> None:
     space = {"learning_rate": {"log": [1e-4, 1e-1]}, "lora_dropout": {"range": [0, 0.2]}, "r": {"range": [1, 4]}}
     knobs = {"space": space, "sampler": sampler, "n_trials": 6, "max_steps": 4}

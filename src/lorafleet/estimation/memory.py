@@ -26,6 +26,9 @@ CUDA_CONTEXT = 500 * 2**20
 CUBLAS_WORKSPACES = 64 * 2**20
 """What PyTorch lends the libraries of matrix products on a GPU, and never takes back."""
 
+_GAPS, _GAPS_OF_ACTIVATIONS, _GAPS_OF_LOGITS = 150e6, 0.3, 0.6
+"""Gaps in a CPU's memory: so many bytes, and shares of what comes and goes. Found by ``benchmarks.estimate``."""
+
 ON_GPU = CUDA_CONTEXT + CUBLAS_WORKSPACES
 
 
@@ -41,6 +44,7 @@ class TrainingMemory:
         best: The copy of the best so far.
         activations: What the backward pass needs, and what is in use at the time.
         logits: Logits and their gradients.
+        gaps: What a CPU's allocator holds between them and cannot give out, as sizes differ from step to step.
     """
 
     program: int
@@ -50,6 +54,7 @@ class TrainingMemory:
     best: int
     activations: int
     logits: int
+    gaps: int
 
     @property
     def total(self) -> int:
@@ -76,7 +81,9 @@ def training_memory(
         weights += _layout_bytes(model, slots)
     inside = cost.peak_bytes - trained  # at the end of the backward pass all gradients are there
     logits = min(cost.logits_bytes, inside)
-    return TrainingMemory(program, weights, trained, 2 * trained, trained, inside - logits, logits)
+    activations = inside - logits
+    gaps = round(_GAPS + _GAPS_OF_ACTIVATIONS * activations + _GAPS_OF_LOGITS * logits) if on_cpu else 0
+    return TrainingMemory(program, weights, trained, 2 * trained, trained, activations, logits, gaps)
 
 
 def trained_bytes(slots: Slots) -> int:

@@ -1,5 +1,6 @@
 """How fast this machine is at what training consists of, measured in about a second."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,10 +13,15 @@ from lorafleet.lora.packed import pack
 _SECONDS = 0.25
 """How long each rate is measured."""
 
-CALL_SHARE = 4.0
-"""Time from one kernel to the next in a model, Python's part included, over that of a bare call.
+_UNCACHED = 256 * 2**20
+"""Bytes that no cache holds."""
 
-Found by ``benchmarks.estimate``."""
+CALLS = 12.0
+"""Time from one kernel to the next in a model, Python's part included, over that of a bare call. Found, as the next,
+by ``benchmarks.estimate``."""
+
+PRODUCTS = 0.8
+"""Rate of a model's products, thin ones among them, over that of its largest."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +44,8 @@ class Rates:
 
     def seconds(self, cost: StepCost, *, frozen: bool) -> float:
         """The time of a forward and a backward pass."""
-        products = cost.flops / (self.flops if frozen else self.flops_trained)
-        return products + cost.traffic / self.traffic + cost.calls * self.call * CALL_SHARE
+        products = cost.flops / (PRODUCTS * (self.flops if frozen else self.flops_trained))
+        return products + cost.traffic / self.traffic + cost.calls * self.call * CALLS
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype, tokens: int, width: int, inner: int) -> Rates:
@@ -53,10 +59,10 @@ def measure_rates(device: torch.device, dtype: torch.dtype, tokens: int, width: 
         inner: Width inside its MLP.
     """
     x = torch.randn(tokens, width, device=device, dtype=dtype)
-    # Several weights, as a model has: one alone would stay in the cache.
-    weights = [torch.randn(inner, width, device=device, dtype=dtype) for _ in range(8)]
+    # As many weights as no cache holds: a model's are read from memory in every pass, and its activations too.
+    weights = [torch.randn(inner, width, device=device, dtype=dtype) for _ in range(_many(inner * width))]
     packed = [pack(weight) for weight in weights]
-    wide = [torch.randn(tokens, inner, device=device, dtype=dtype) for _ in range(8)]
+    wide = [torch.randn(tokens, inner, device=device, dtype=dtype) for _ in range(_many(tokens * inner))]
     small = torch.zeros(1, device=device)
 
     def plain() -> None:
@@ -85,6 +91,11 @@ def measure_rates(device: torch.device, dtype: torch.dtype, tokens: int, width: 
         traffic=2 * sum(one.nbytes for one in wide) / _fastest(elementwise, device),
         call=_fastest(calls, device) / 100,
     )
+
+
+def _many(numbers: int) -> int:
+    """How many tensors of so many float32 numbers are more than caches hold."""
+    return max(2, math.ceil(_UNCACHED / (4 * numbers)))
 
 
 def _fastest(run: Callable[[], object], device: torch.device) -> float:

@@ -41,6 +41,7 @@ from lorafleet.methods.method import Method, find_methods
 from lorafleet.models.load import load_meta_model, load_tokenizer
 from lorafleet.models.machine import free_memory_bytes, keep_large_allocations, pick_device, pick_dtype
 from lorafleet.models.source import find_source
+from lorafleet.training.setup import check_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -67,68 +68,26 @@ def estimate(config: Mapping[str, Any] | str | Path | None = None, /, **knobs: A
     """
     model, data_config, lora, training, wanted, own = load_sections(SECTIONS, config, knobs)
     methods = find_methods(parse_methods(wanted.methods), lora, training)
-    program = psutil.Process().memory_info().rss
-    device = pick_device(model.device)
-    dtype = cast(Precision, str(pick_dtype(model.dtype, device)).removeprefix("torch."))
+    check_dtype(model)
     data = load_data(data_config, load_tokenizer(model))
     if "train" not in data.splits:
         raise DataError(f"{data_config.data} has no rows to train on, only {', '.join(data.splits)}")
-    faults, found = list[str](), list[tuple[Method, _Batches, dict[str, _Shapes]]]()
-    for method in methods:
-        logger.info("%s: counting", method.name)
-        batches = _batches(method.training, data.splits["train"])
-        try:
-            found.append((method, batches, {name: _shapes(model, method, name, batches.largest) for name in _COMPUTED}))
-        except LorafleetError as error:
-            faults.append(f"method {method.name}: {error}")
-    raise_all(ConfigError, faults, f"{find_source(model).name} cannot be trained so")
-    bare = _meta(model, dtype)
-    text = bare.config.get_text_config()
-    inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-    keep_large_allocations()
-    mean = round(fmean(batches.mean_tokens for _, batches, _ in found))
-    machine = _Machine(
-        device,
-        dtype,
-        ON_GPU if device.type == "cuda" else program,
-        free_memory_bytes(device),
-        measure_rates(device, getattr(torch, dtype), mean, text.hidden_size, inner),
-    )
-    own_bytes = sum(one.nbytes for one in bare.parameters())
+    counted = _count(model, methods, data.splits["train"])
+    machine = _measure(model, counted)
+    bare = _meta(model, machine.dtype)
+    total = sum(one.numel() for one in bare.parameters())
     return Estimate(
         model=find_source(model).name,
         data=data_config.data,
-        total_parameters=sum(one.numel() for one in bare.parameters()),
-        base_bytes=own_bytes,
+        total_parameters=total,
+        base_bytes=sum(one.nbytes for one in bare.parameters()),
         tasks=own.tasks,
         max_length=data_config.max_length,
-        dtype=dtype,
+        dtype=machine.dtype,
         available_bytes=machine.available,
         rates=machine.rates,
-        methods=tuple(
-            _estimate(method, batches, shapes, machine, own.tasks, data_config.max_length)
-            for method, batches, shapes in found
-        ),
+        methods=tuple(_estimate(one, machine, total, own.tasks, data_config.max_length) for one in counted),
     )
-
-
-@dataclass(frozen=True)
-class _Machine:
-    device: torch.device
-    dtype: Precision
-    program: int
-    available: int
-    rates: Rates
-
-
-@dataclass(frozen=True)
-class _Batches:
-    """The micro-batches of a run: steps, how many there are, their mean tokens, and the rows of the largest."""
-
-    steps: int
-    count: int
-    mean_tokens: float
-    largest: list[TokenRow]
 
 
 @dataclass(frozen=True)
@@ -140,22 +99,79 @@ class _Shapes:
     cost: StepCost
 
 
+@dataclass(frozen=True)
+class _Counted:
+    """A method, what its largest micro-batch takes in each precision, and how many micro-batches there are."""
+
+    method: Method
+    shapes: Mapping[Precision, _Shapes]
+    steps: int
+    batches: int
+    mean_tokens: float
+    largest_tokens: int
+
+    def computed(self, precision: Precision) -> _Shapes:
+        """The shapes in the precision that is computed in where the base is held in this one."""
+        return self.shapes.get(precision) or self.shapes["bfloat16"]
+
+
+@dataclass(frozen=True)
+class _Machine:
+    """Where training would run: precision, bytes of the program and of what is free, rates."""
+
+    device: torch.device
+    dtype: Precision
+    program: int
+    available: int
+    rates: Rates
+
+
 _COMPUTED: tuple[Precision, ...] = ("float32", "bfloat16")
 """Precisions that are computed in; a quantized base is computed with in bfloat16."""
 
 
-def _batches(training: TrainingConfig, rows: Sequence[TokenRow]) -> _Batches:
-    schedule = Schedule(
-        len(rows), training.per_device_train_batch_size, training.gradient_accumulation_steps, training.seed
+def _count(model: ModelConfig, methods: Sequence[Method], rows: Sequence[TokenRow]) -> list[_Counted]:
+    """Run each method's largest micro-batch without values.
+
+    Raises:
+        ConfigError: Methods do not fit the model; all of them at once.
+    """
+    faults, found = list[str](), list[_Counted]()
+    for method in methods:
+        logger.info("%s: counting", method.name)
+        own = method.training
+        schedule = Schedule(len(rows), own.per_device_train_batch_size, own.gradient_accumulation_steps, own.seed)
+        steps = schedule.total_steps(own.num_train_epochs, own.max_steps)
+        windows = [schedule.window(step) for step in range(0, steps, max(1, steps // _MOST_LOOKED_AT))]
+        batches = [batch for window in windows for batch in window]
+        tokens = [sum(len(rows[i].input_ids) for i in batch) for batch in batches]
+        largest = [rows[i] for i in batches[max(range(len(batches)), key=tokens.__getitem__)]]
+        try:
+            shapes = {name: _shapes(model, method, name, largest) for name in _COMPUTED}
+        except LorafleetError as error:
+            faults.append(f"method {method.name}: {error}")
+        else:
+            count = round(steps * len(batches) / len(windows))
+            found.append(_Counted(method, shapes, steps, count, fmean(tokens), max(tokens)))
+    raise_all(ConfigError, faults, f"{find_source(model).name} cannot be trained so")
+    return found
+
+
+def _measure(model: ModelConfig, counted: Sequence[_Counted]) -> _Machine:
+    """Find out how fast this machine is at what the model consists of."""
+    device = pick_device(model.device)
+    dtype = pick_dtype(model.dtype, device)
+    text = counted[0].shapes["float32"].model.config.get_text_config()
+    inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    keep_large_allocations()
+    return _Machine(
+        device,
+        cast(Precision, str(dtype).removeprefix("torch.")),
+        # By now this process has imported what training would, and holds no model.
+        ON_GPU if device.type == "cuda" else psutil.Process().memory_info().rss,
+        free_memory_bytes(device),
+        measure_rates(device, dtype, round(fmean(one.mean_tokens for one in counted)), text.hidden_size, inner),
     )
-    steps = schedule.total_steps(training.num_train_epochs, training.max_steps)
-    every = max(1, steps // _MOST_LOOKED_AT)
-    windows = [schedule.window(step) for step in range(0, steps, every)]
-    batches = [batch for window in windows for batch in window]
-    tokens = [sum(len(rows[i].input_ids) for i in batch) for batch in batches]
-    largest = batches[max(range(len(batches)), key=tokens.__getitem__)]
-    count = round(steps * len(batches) / len(windows))
-    return _Batches(steps, count, fmean(tokens), [rows[i] for i in largest])
 
 
 def _meta(config: ModelConfig, precision: Precision) -> PreTrainedModel:
@@ -168,50 +184,49 @@ def _shapes(config: ModelConfig, method: Method, precision: Precision, rows: Seq
     return _Shapes(model, slots, step_cost(model, slots, rows))
 
 
-def _estimate(
-    method: Method, batches: _Batches, shapes: Mapping[str, _Shapes], machine: _Machine, tasks: int, length: int
-) -> MethodEstimate:
-    here = shapes[machine.dtype]
+def _estimate(counted: _Counted, machine: _Machine, total: int, tasks: int, length: int) -> MethodEstimate:
+    method, here = counted.method, counted.shapes[machine.dtype]
     whole = method.kind == "full"
     trainable = sum(one.value.numel() for one in here.slots.slot_parameters(0).values())
-    total = sum(one.numel() for one in here.model.parameters())
     on_cpu = machine.device.type == "cpu"
     memory = training_memory(here.model, here.slots, here.cost, machine.dtype, machine.program, on_cpu=on_cpu)
-    by_precision: dict[Precision, int | None] = {}
-    answering: dict[Precision, int] = {}
-    for precision in PRECISIONS:
-        one = shapes.get(precision) or shapes["bfloat16"]
-        quantized = precision not in shapes
-        answering[precision] = answering_memory(one.model, one.slots, precision, ROWS, length)
-        by_precision[precision] = (
-            None
-            if whole and quantized
-            else training_memory(one.model, one.slots, one.cost, precision, ON_GPU, on_cpu=False).total
-        )
+    by_precision = {precision: _on_gpu(counted, precision) for precision in PRECISIONS}
     kept = file_bytes(here.slots)
     # Time goes with the tokens, but for the calls, which are as many in every micro-batch.
-    share = batches.mean_tokens / here.cost.tokens
+    share = counted.mean_tokens / counted.largest_tokens
     mean = replace(here.cost, flops=round(here.cost.flops * share), traffic=round(here.cost.traffic * share))
-    seconds = batches.count * machine.rates.seconds(mean, frozen=not whole)
-    seconds += batches.steps * _OPTIMIZER_PASSES * trained_bytes(here.slots) / machine.rates.traffic
+    seconds = counted.batches * machine.rates.seconds(mean, frozen=not whole)
+    seconds += counted.steps * _OPTIMIZER_PASSES * trained_bytes(here.slots) / machine.rates.traffic
     return MethodEstimate(
         name=method.name,
         kind=method.kind,
         trainable_parameters=trainable,
         trainable_share=trainable / total,
-        steps=batches.steps,
-        mean_tokens=batches.mean_tokens,
-        largest_tokens=here.cost.tokens,
+        steps=counted.steps,
+        mean_tokens=counted.mean_tokens,
+        largest_tokens=counted.largest_tokens,
         memory=memory,
         by_precision=by_precision,
-        answering=answering,
+        answering={precision: _answering(counted.computed(precision), precision, length) for precision in PRECISIONS},
         fits=_fits(memory, by_precision, machine),
         storage_bytes=kept,
         tasks_bytes=tasks * kept + (0 if whole else base_bytes(here.model, here.slots, machine.dtype)),
-        flops_per_token=here.cost.flops / here.cost.tokens,
-        tokens_per_second=batches.count * batches.mean_tokens / seconds,
+        flops_per_token=here.cost.flops / counted.largest_tokens,
+        tokens_per_second=counted.batches * counted.mean_tokens / seconds,
         seconds=seconds,
     )
+
+
+def _answering(shapes: _Shapes, precision: Precision, length: int) -> int:
+    return answering_memory(shapes.model, shapes.slots, precision, ROWS, length)
+
+
+def _on_gpu(counted: _Counted, precision: Precision) -> int | None:
+    """Bytes of training on a GPU; none where all weights train, which quantized ones cannot."""
+    if counted.method.kind == "full" and precision not in counted.shapes:
+        return None
+    one = counted.computed(precision)
+    return training_memory(one.model, one.slots, one.cost, precision, ON_GPU, on_cpu=False).total
 
 
 _OPTIMIZER_PASSES = 9

@@ -31,7 +31,7 @@ ROWS = 32
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Weighted cross-entropy behind a frozen output head, with the gradient computed in the forward pass.
+    """Weighted cross-entropy behind an output head, with the gradients computed in the forward pass.
 
     ``L = Σ w_i (logsumexp(z_i) - z_i[t_i])``, ``z = h·Wᵀ + b``;  ``∂L/∂z_i = w_i (softmax(z_i) - onehot(t_i))``.
     """
@@ -46,8 +46,10 @@ class _HeadLoss(torch.autograd.Function):
         weights: Tensor,
         packed: PackedWeight | None,
     ) -> tuple[Tensor, Tensor]:
-        needs_grad = ctx.needs_input_grad[0]
+        needs_grad, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         losses, grad = weights.new_empty(len(hidden)), torch.empty_like(hidden if needs_grad else hidden[:0])
+        grad_weight = torch.zeros_like(weight) if needs_weight else None
+        grad_bias = torch.zeros_like(bias) if needs_bias and bias is not None else None
         for start in range(0, len(hidden), CHUNK):
             part = slice(start, start + CHUNK)
             logits = packed.linear(hidden[part], bias) if packed else F.linear(hidden[part], weight, bias)
@@ -58,15 +60,21 @@ class _HeadLoss(torch.autograd.Function):
                 grad_logits = probabilities.to(hidden.dtype)
                 product = packed.input_gradient(grad_logits) if packed else grad_logits @ weight
                 grad[part] = product.mul_(weights[part, None])
-        ctx.save_for_backward(grad)
+                if grad_weight is not None or grad_bias is not None:
+                    grad_logits = grad_logits.mul_(weights[part, None])
+                if grad_weight is not None:
+                    grad_weight.addmm_(grad_logits.T, hidden[part])
+                if grad_bias is not None:
+                    grad_bias += grad_logits.sum(0)
+        ctx.save_for_backward(grad, grad_weight, grad_bias)
         ctx.mark_non_differentiable(losses)
         return (losses * weights).sum(), losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = ctx.saved_tensors
-        return grad * grad_loss.to(grad.dtype), None, None, None, None, None
+        grads = (None if one is None else one * grad_loss.to(one.dtype) for one in ctx.saved_tensors)
+        return *grads, None, None, None
 
 
 def _softmax_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -191,7 +199,7 @@ class LossModel:
 
     def _head_loss(self, hidden: Tensor, targets: Tensor, weights: Tensor, batch: FlatBatch) -> tuple[Tensor, Tensor]:
         head = self.model.get_output_embeddings()
-        if isinstance(head, nn.Linear) and not head.weight.requires_grad and not head._forward_hooks:
+        if isinstance(head, nn.Linear) and not head._forward_hooks:
             both = _HeadLoss.apply(hidden, head.weight, head.bias, targets, weights, self._packed_head)  # type: ignore[no-untyped-call]
             return cast("tuple[Tensor, Tensor]", both)
         # The head has adapters: plain autograd, one part and chunk at a time, recomputed in the backward pass.

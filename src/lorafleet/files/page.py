@@ -47,6 +47,7 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin: 2rem 0 0.25rem; }
 figure { margin: 0; } svg { width: 44rem; max-width: 100%; height: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 0.9rem; }
 th, td { text-align: left; padding: 0.35rem 0.6rem; border-bottom: 1px solid var(--line); vertical-align: top; }
+th { overflow-wrap: normal; }
 td.wide { min-width: 14rem; }
 tr.best { background: #fff7ed; } tr.best td { font-weight: 600; }
 pre { background: #f8fafc; border: 1px solid var(--line); padding: 0.75rem; font-size: 0.85rem; white-space: pre-wrap; }

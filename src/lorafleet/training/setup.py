@@ -23,9 +23,18 @@ def check_run(model: ModelConfig, run: RunConfig) -> None:
         ConfigError: The precision cannot be trained in.
         MissingExtraError: A tracker is not installed.
     """
+    check_dtype(model)
+    require_trackers(run.report_to)
+
+
+def check_dtype(model: ModelConfig) -> None:
+    """Stop at a precision that cannot be trained in.
+
+    Raises:
+        ConfigError: It is float16.
+    """
     if model.dtype == "float16":
         raise ConfigError("dtype = float16 loses small gradients; train in bfloat16 or float32")
-    require_trackers(run.report_to)
 
 
 def prepare_machine(run: RunConfig) -> None:
