@@ -171,7 +171,7 @@ def test_ten_kills_at_random_moments(place: Path, whole: TuneResult) -> None:
     rng, kills, number = random.Random(5), 0, 0
     while kills < 10:
         number += 1
-        output = f"random-{number}"
+        output = f"kills-{number}"
         while True:
             resume = (place / output / "lorafleet.yaml").exists()
             child = context.Process(target=tune, args=(settings(place, output, resume_from_checkpoint=resume),))
