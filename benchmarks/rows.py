@@ -8,6 +8,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from benchmarks.job import IGNORED
 from lorafleet.config.data import DataConfig
 from lorafleet.data.load import load_data
+from lorafleet.data.store import TokenRow
 from lorafleet.errors import DataError
 
 Row = dict[str, list[int]]
@@ -24,11 +25,13 @@ def tokenized_rows(data: str, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
         DataError: There is nothing, or its rows cannot be used.
     """
     splits = load_data(DataConfig(data=data, valid_fraction=0), tokenizer).splits
-    rows = []
-    for row in splits["train"]:
-        ids = np.asarray(row.input_ids)
-        rows.append({"input_ids": ids.tolist(), "labels": np.where(row.loss_mask, ids, IGNORED).tolist()})
-    return rows
+    return [labelled(row) for row in splits["train"]]
+
+
+def labelled(row: TokenRow) -> Row:
+    """A row as the peers take it."""
+    ids = np.asarray(row.input_ids)
+    return {"input_ids": ids.tolist(), "labels": np.where(row.loss_mask, ids, IGNORED).tolist()}
 
 
 def shuffled(rows: list[Row], count: int, seed: int) -> list[Row]:

@@ -20,9 +20,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.job import IGNORED, write_json
+from benchmarks.job import write_json
 from benchmarks.machine import machine_facts
 from benchmarks.process import run_module, run_watched
+from benchmarks.rows import labelled
 from benchmarks.summary import QUIET
 from lorafleet.config.data import DataConfig
 from lorafleet.config.model import ModelConfig
@@ -120,16 +121,10 @@ def _warnings(seeds: int, others: float) -> list[str]:
 def _peer_job(data: str, model: str, peer_settings: int, steps: int, eval_rows: int, threads: int) -> dict[str, Any]:
     base = load_base(ModelConfig(model_name_or_path=model, device="cpu", dtype="float32"))
     splits = load_data(DataConfig(data=data), base.tokenizer).splits
-    rows: dict[str, list[dict[str, list[int]]]] = {}
-    for name, count in (("train", 8 * steps), ("valid", eval_rows)):
-        chosen = [splits[name][i] for i in range(count)]
-        rows[name] = [
-            {
-                "input_ids": [int(i) for i in row.input_ids],
-                "labels": np.where(row.loss_mask, row.input_ids, IGNORED).tolist(),
-            }
-            for row in chosen
-        ]
+    rows = {
+        name: [labelled(splits[name][i]) for i in range(count)]
+        for name, count in (("train", 8 * steps), ("valid", eval_rows))
+    }
     training = TrainingConfig()
     places = np.linspace(0, len(GRID) - 1, peer_settings).round().astype(int)
     return {

@@ -4,8 +4,9 @@ import time
 from typing import Any
 
 import torch
+from datasets import Dataset
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 
 from benchmarks.job import Job, Result, package_versions, peak_memory_bytes
 
@@ -37,6 +38,27 @@ def common_arguments(job: Job, folder: str) -> dict[str, Any]:
         # Every loss in parity; in throughput no more than the end, so that logging costs nothing.
         "logging_steps": 1 if job.phase == "parity" else job.steps,
     }
+
+
+def plain_trainer(model: Any, tokenizer: Any, job: dict[str, Any], folder: str, **rows: Dataset) -> Trainer:
+    """``transformers.Trainer`` with its defaults, batches of 8 rows, and the job's steps, rate, warm-up and seed."""
+    arguments = TrainingArguments(
+        output_dir=folder,
+        per_device_train_batch_size=8,
+        per_device_eval_batch_size=16,
+        max_steps=job["steps"],
+        learning_rate=job["learning_rate"],
+        warmup_steps=job["warmup_steps"],
+        lr_scheduler_type="linear",
+        seed=job["seed"],
+        use_cpu=True,
+        bf16=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        logging_steps=job["steps"],
+    )
+    return Trainer(model=model, args=arguments, data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True), **rows)
 
 
 class StepClock(TrainerCallback):

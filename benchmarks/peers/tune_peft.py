@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.job import serve_plain
+from benchmarks.peers.trainer_parts import plain_trainer
 
 
 def run(job: dict[str, Any]) -> list[dict[str, float]]:
@@ -24,29 +25,7 @@ def run(job: dict[str, Any]) -> list[dict[str, float]]:
         config = LoraConfig(**setting, target_modules="all-linear", task_type="CAUSAL_LM")
         model = get_peft_model(base, config)
         with tempfile.TemporaryDirectory() as folder:
-            arguments = TrainingArguments(
-                output_dir=folder,
-                per_device_train_batch_size=8,
-                per_device_eval_batch_size=16,
-                max_steps=job["steps"],
-                learning_rate=job["learning_rate"],
-                warmup_steps=job["warmup_steps"],
-                lr_scheduler_type="linear",
-                seed=job["seed"],
-                use_cpu=True,
-                bf16=False,
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                logging_steps=job["steps"],
-            )
-            trainer = Trainer(
-                model=model,
-                args=arguments,
-                train_dataset=train,
-                eval_dataset=held_out,
-                data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
-            )
+            trainer = plain_trainer(model, tokenizer, job, folder, train_dataset=train, eval_dataset=held_out)
             trainer.train()
             loss = trainer.evaluate()["eval_loss"]
         found.append({"seconds": time.perf_counter() - start, "loss": float(loss)})

@@ -28,7 +28,7 @@ def settings(place: Path, **knobs: Any) -> dict[str, Any]:
         "max_steps": 4,
         "learning_rate": 1e-2,
         "device": "cpu",
-        "small_rows": 4,
+        "small_rows": [4, 8, 100],
         "new_tokens": 2,
         "tune_lr": False,
         **knobs,
@@ -49,9 +49,11 @@ def test_every_cell_is_measured(place: Path, first: CompareResult) -> None:
         assert low <= row["quality"]["loss"] <= high
         numbers = ["trainable_parameters", "training_peak_bytes", "training_tokens_per_second", "storage_bytes"]
         assert all(row[name] > 0 for name in [*numbers, "padded_tokens_per_second"])
-        assert [gap["rows"] for gap in row["gaps"]] == [32, 4]
+        assert [gap["rows"] for gap in row["gaps"]] == [4, 8, 32]
+        assert all(gap["train_loss"] > 0 and gap["eval_loss"] > 0 for gap in row["gaps"])
         assert row["speed"]["batch"] > 0 and (row["merged_speed"] is not None) == (row["kind"] == "lora")
     assert sum(row["best"] for row in first.methods) == 1
+    assert first.merit == "chrf" and all("p_values" in row for row in first.methods)
 
 
 def test_storage_is_what_lies_in_the_folder(place: Path, first: CompareResult) -> None:
@@ -74,7 +76,7 @@ def test_the_report_says_it(place: Path, first: CompareResult) -> None:
         assert f"## {title}\n" in text
     assert f"{first.methods[0]['trainable_parameters']:,}" in text
     page = (out / "report.html").read_text()
-    assert page.count("<svg") == 6 and "<script" not in page and "src=" not in page
+    assert page.count("<svg") == 7 and "<script" not in page and "src=" not in page
     assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(first.as_dict()))
 
 
@@ -82,12 +84,39 @@ def test_the_same_call_again_measures_nothing_and_another_method_joins(place: Pa
     parts = {path: path.stat().st_mtime_ns for path in (place / "out").glob("methods/*/use.json")}
     again = compare(settings(place, methods="lora:r=2,bottleneck:bottleneck_size=2"))
     assert {row["kind"] for row in again.methods} == {"lora", "bottleneck", "prefix_tuning"}
+    assert all(row["padded_tokens_per_second"] > 0 for row in again.methods)
     assert all(path.stat().st_mtime_ns == then for path, then in parts.items())
 
 
 def test_other_settings_are_refused_by_name(place: Path, first: CompareResult) -> None:
     with pytest.raises(CheckpointError, match=r"training\.max_steps: 4 then, 5 now"):
         compare(settings(place, max_steps=5))
+
+
+def test_changed_rows_are_refused(place: Path, first: CompareResult) -> None:
+    rows = place / "rows.jsonl"
+    text = rows.read_text()
+    try:
+        rows.write_text("".join(text.splitlines(keepends=True)[1:]))
+        with pytest.raises(CheckpointError, match="rows: "):
+            compare(settings(place))
+    finally:
+        rows.write_text(text)
+
+
+def test_what_was_trained_outlives_a_later_failure(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    knobs = settings(place, output_dir=str(place / "later"), small_rows=0, methods="lora:r=2")
+    with monkeypatch.context() as broken:
+        broken.setattr("lorafleet.comparison.run.padded_speed", _broken)
+        assert "ValueError: out of luck" in compare(knobs).failed["lora:r=2"]
+    trained = list((place / "later").glob("methods/*/train.json"))
+    then = [path.stat().st_mtime_ns for path in trained]
+    assert [row["name"] for row in compare(knobs).methods] == ["lora:r=2"]
+    assert [path.stat().st_mtime_ns for path in trained] == then and then
+
+
+def _broken(job: Any) -> dict[str, Any]:
+    raise ValueError("out of luck")
 
 
 @pytest.mark.slow
@@ -104,8 +133,11 @@ def test_learning_rates_are_found(place: Path) -> None:
     knobs = settings(place, output_dir=str(place / "rates"), small_rows=0, tune_lr=True, lr_runs=2, lr_steps=3)
     (row,) = compare(knobs | {"methods": "lora:r=2"}).methods
     runs = row["rates"]["runs"]
-    assert len(runs) == 3 and row["rates"]["steps"] == 3  # two, and one beyond the better one
-    assert row["rates"]["rate"] == min(runs, key=lambda run: run["loss"])["rate"]
+    assert 3 <= len(runs) <= 6 and row["rates"]["steps"] == 3  # two, and more while the best is at an end
+    best = min(range(len(runs)), key=lambda i: runs[i]["loss"])
+    assert row["rates"]["rate"] == runs[best]["rate"]
+    assert row["rates"]["at_end"] == (best in (0, len(runs) - 1))
+    assert len(runs) == 6 or not row["rates"]["at_end"]
 
 
 def test_faults_are_named_before_anything_is_trained(place: Path) -> None:
@@ -117,6 +149,8 @@ def test_faults_are_named_before_anything_is_trained(place: Path) -> None:
         compare(knobs | {"methods": "bitfit,lora"})
     with pytest.raises(ConfigError, match="method lora:target_modules=nothing"):
         compare(knobs | {"methods": "lora:target_modules=nothing"})
+    with pytest.raises(ConfigError, match=r"(?s)gradient_checkpointing works with lora alone.*not -1"):
+        compare(knobs | {"methods": "ia3", "gradient_checkpointing": True, "small_rows": -1})
     with pytest.raises(DataError, match="fewer than 2 rows are held out"):
         compare(knobs | {"valid_fraction": 0.0})
     assert not (place / "never").exists()

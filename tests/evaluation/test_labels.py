@@ -34,6 +34,16 @@ def test_equals_brute_force(arch: str, caplog: pytest.LogCaptureFixture) -> None
     assert "label by label" not in caplog.text  # every architecture takes the fast way
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_an_adapted_table_leaves_the_fast_way(dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
+    """The first parameter of such a model is A, in float32, whatever the base's precision."""
+    base = tiny_base(dtype=dtype)
+    bank = trained_bank(base, target_modules=["embed_tokens", "q_proj"], scale=0.02)
+    with caplog.at_level("INFO"):
+        choose_labels(base, bank, 1, PROMPTS, LABELS, batch_size=3)
+    assert "label by label" not in caplog.text
+
+
 def test_brute_force_equals_a_plain_softmax() -> None:
     base = tiny_base()
     score = label_log_probs(base, None, -1, PROMPTS[:1], LABELS[:1], batch_size=1)[0, 0]

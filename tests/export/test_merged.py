@@ -36,13 +36,13 @@ def unmerged_logits(folder: Path) -> torch.Tensor:
         {},
         {"use_rslora": True, "bias": "all", "rank_pattern": {"0.+": 2}},
         {"modules_to_save": ["lm_head", "embed_tokens"]},
+        {"target_modules": ["lm_head", "embed_tokens"]},
     ],
-    ids=["plain", "rslora-bias-ranks", "saved-modules"],
+    ids=["plain", "rslora-bias-ranks", "saved-modules", "both-ends"],
 )
 def test_merged_equals_unmerged(arch: str, knobs: dict, tmp_path: Path) -> None:
-    if "modules_to_save" in knobs:
-        heads = {"gpt2": ["lm_head", "wte"], "gpt_neox": ["lm_head", "embed_in"]}
-        knobs = {"modules_to_save": heads.get(arch, knobs["modules_to_save"])}
+    ends = {"gpt2": ["lm_head", "wte"], "gpt_neox": ["lm_head", "embed_in"]}
+    knobs = {key: ends.get(arch, names) if "lm_head" in str(names) else names for key, names in knobs.items()}
     base, adapter = saved_adapter(tmp_path, arch, **knobs)
     result = merge(adapter=str(adapter), output_dir=str(tmp_path / "merged"), device="cpu")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()

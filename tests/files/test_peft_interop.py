@@ -94,6 +94,7 @@ def load_in_peft(arch: str, folder: Path) -> peft.PeftModel:
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+        warnings.filterwarnings("ignore", message=".*ensure_weight_tying.*")  # whoever targets a tied table, is told
         return peft.PeftModel.from_pretrained(tiny_model(arch), folder)
 
 

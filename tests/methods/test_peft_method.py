@@ -77,6 +77,8 @@ def test_equals_a_padded_loop_over_peft(kind: str) -> None:
     found = method.state_dict(0)
     assert found.keys() == wanted.keys()
     assert any(not torch.equal(tensor, start[name]) for name, tensor in found.items())
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, wanted[name], rtol=1e-3, atol=2e-3)
     with torch.no_grad():
         torch.testing.assert_close(logits_of(method, IDS), model(IDS).logits[:, -8:], rtol=2e-3, atol=2e-3)
     again = PeftMethod(tiny_model("llama"), peft_config(kind, KINDS[kind]), seed=6)

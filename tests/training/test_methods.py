@@ -140,6 +140,7 @@ def test_a_run_s_own_settings_run_again(place: Path) -> None:
     [
         ({"method": "lorra"}, "there is no such method; did you mean 'lora'"),
         ({"method": "full", "r": 4}, "method full has no knobs of lora; given are r"),
+        ({"method": "ia3", "loraplus_lr_ratio": 4}, "method ia3 has no knobs of lora; given are loraplus_lr_ratio"),
         ({"method": "full,lora"}, "names 2 methods; a run trains one"),
         ({"method": "ia3", "gradient_checkpointing": True}, "gradient_checkpointing works with lora, not with ia3"),
     ],

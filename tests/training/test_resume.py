@@ -47,7 +47,7 @@ def settings(place: Path, output: str, **knobs: Any) -> dict[str, Any]:
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2,
         "lora_dropout": 0.2,
-        "target_modules": "q_proj, down_proj, lm_head",
+        "target_modules": "q_proj, down_proj, lm_head, embed_tokens",
         "r": 2,
         "eval_strategy": "steps",
         "eval_steps": 7,

@@ -28,15 +28,21 @@ def slug(name: str) -> str:
 
 
 @contextmanager
-def open_comparison(output_dir: Path, settings: Settings, methods: MethodsConfig) -> Iterator[Path]:
+def open_comparison(output_dir: Path, settings: Settings, methods: MethodsConfig, data_hash: str) -> Iterator[Path]:
     """Take the folder for the length of a ``with`` block; what another call has measured in it is gone on with.
+
+    Args:
+        output_dir: The folder.
+        settings: The comparison's.
+        methods: Which methods this call measures.
+        data_hash: Of the rows.
 
     Raises:
         CheckpointError: It holds a comparison with other settings, or something else; another process is using it; or
             it cannot be written.
     """
     run = settings[5]
-    identity = _identity(settings)
+    identity = _identity(settings) | {"rows": data_hash}
     known = output_dir / IDENTITY
     if output_dir.is_file():
         raise CheckpointError(f"{output_dir} is a file; output_dir is a folder")

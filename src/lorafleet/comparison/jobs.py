@@ -2,8 +2,8 @@
 
     rate.json     the learning rate it found, and the rates it tried
     train/        its run folder, as ``lorafleet train`` leaves it
-    small.json    how far it overfits when it trains as long on few rows
-    padded.json   its training speed with padded batches, where another method needs them
+    small-N.json  how far it overfits when it trains as long on N rows
+    padded.json   its training speed with padded batches, which methods with virtual tokens need
     use.json      what it is like to use: storage, loading, speed, quality, forgetting
 
 A part that is there is not done again.
@@ -11,15 +11,18 @@ A part that is there is not done again.
 
 import json
 import logging
+import math
 import multiprocessing
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from lorafleet.comparison.quality import quality_intervals
 from lorafleet.comparison.rates import find_rate, train_briefly
@@ -29,8 +32,9 @@ from lorafleet.config.data import DataConfig
 from lorafleet.config.lora import LoraConfig
 from lorafleet.config.model import ModelConfig
 from lorafleet.config.training import RunConfig, TrainingConfig, ValidationConfig
-from lorafleet.config.use import AdapterConfig, GenerationConfig
+from lorafleet.config.use import GenerationConfig
 from lorafleet.data.load import load_data
+from lorafleet.data.store import TokenRow
 from lorafleet.errors import Interrupted, LorafleetError, TrainingError
 from lorafleet.evaluation.measure import measure, references_of, short_answer
 from lorafleet.evaluation.token_loss import LossModel, mean_losses, row_losses
@@ -40,9 +44,10 @@ from lorafleet.files.checkpoint import newest_checkpoint
 from lorafleet.files.manifest import MANIFEST
 from lorafleet.files.method import METHOD, METHOD_WEIGHTS
 from lorafleet.files.run_folder import METRICS
-from lorafleet.generation.adapted import Adapted, load_adapted
+from lorafleet.generation.adapted import Adapted, load_saved, with_template
 from lorafleet.lora import LoraBank
 from lorafleet.methods.method import Method
+from lorafleet.methods.saved import restore
 from lorafleet.models.load import load_base
 from lorafleet.models.machine import peak_memory_bytes, pick_device
 from lorafleet.training.interrupt import listen
@@ -115,14 +120,14 @@ def train_method(job: Job, rate: float) -> dict[str, Any]:
     return result
 
 
-def overfit(job: Job, rate: float) -> dict[str, Any]:
-    """Train as long on a few rows, and compare the loss on them with that on held-out ones."""
-    model, data_config, _, _, _, run, compare = job.settings
+def overfit(job: Job, rate: float, count: int) -> dict[str, Any]:
+    """Train as long on so few rows, and compare the loss on them with that on held-out ones."""
+    model, data_config, _, _, _, run, _ = job.settings
     prepare_machine(run)
     base = load_base(model)
     data = load_data(data_config, base.tokenizer)
     slots = job.method.start(base.model, job.method.training.seed)
-    rows, held_out = list(data.splits["train"])[: compare.small_rows], held_out_rows(data, run)
+    rows, held_out = sample(data.splits["train"], count), held_out_rows(data, run)
     loss_model = LossModel(base.model, slots, base.tokenizer.pad_token_id)
     loss_model.speed_up()
     good = train_briefly(loss_model, slots, job.training(rate), rows, run).progress.status != "failed"
@@ -132,7 +137,7 @@ def overfit(job: Job, rate: float) -> dict[str, Any]:
 
 
 def padded_speed(job: Job) -> dict[str, Any]:
-    """Training speed with padded batches, which methods with virtual tokens need: the same path for all."""
+    """Training speed with padded batches, which methods with virtual tokens need: the same path and steps for all."""
     model, data_config, _, _, _, run, _ = job.settings
     prepare_machine(run)
     base = load_base(model)
@@ -153,7 +158,7 @@ def use_method(job: Job, trained: Mapping[str, Any]) -> dict[str, Any]:
     adapted, load_seconds = _load(model, trained)
     base, slots, slot = adapted.base, adapted.bank, adapted.slot
     data = load_data(data_config, base.tokenizer)
-    rows = list(data.splits["test" if "test" in data.splits else "valid"])[: compare.max_test_rows]
+    rows = sample(data.splits["test" if "test" in data.splits else "valid"], compare.max_test_rows)
     asks = data.task != "label" and any(row.prompt_length for row in rows)
     generation = GenerationConfig() if asks or any(short_answer(row) is not None for row in rows) else None
     predictions: list[dict[str, Any]] = []
@@ -166,6 +171,8 @@ def use_method(job: Job, trained: Mapping[str, Any]) -> dict[str, Any]:
             base, slots, slot, data, rows, batch_size=size, generation=generation, predictions=predictions
         ),
     }
+    if not math.isfinite(found["quality"]["loss"]):
+        raise TrainingError("the loss of what was trained is no number on the rows to test on")
     loss_model = LossModel(base.model, slots, base.tokenizer.pad_token_id)
     sums, counts = zip(*row_losses(loss_model, rows, slot, size), strict=True)
     found["rows"] = {"loss_sums": sums, "loss_counts": counts}
@@ -177,15 +184,15 @@ def use_method(job: Job, trained: Mapping[str, Any]) -> dict[str, Any]:
         found["rows"]["texts"] = [predictions[i]["text"] for i in answered]
         found["rows"]["references"] = [references_of(rows[i]) for i in answered]
     found["intervals"] = quality_intervals(found["rows"])
-    general = load_data(DataConfig(data=GENERAL, max_length=data_config.max_length), base.tokenizer).splits["test"]
-    spent, tokens = map(sum, zip(*row_losses(loss_model, list(general), slot, size), strict=True))
-    found["general_loss"] = spent / tokens
-    train_rows = list(data.splits["train"])[: len(rows)]
-    spent, tokens = map(sum, zip(*row_losses(loss_model, train_rows, slot, size), strict=True))
-    found["train_rows_loss"] = spent / tokens
+    other = DataConfig(data=GENERAL, max_length=data_config.max_length, chat_template=data_config.chat_template)
+    general = list(load_data(other, base.tokenizer).splits["test"])
+    some = {"general": general, "train": sample(data.splits["train"], len(rows)), "held_out": held_out_rows(data, run)}
+    for name, chosen in some.items():
+        ((found[f"{name}_loss"], _),) = mean_losses(loss_model, chosen, [slot], size)
     prompts = [[int(token) for token in row.input_ids[: row.prompt_length or len(row.input_ids) // 2]] for row in rows]
     found["speed"] = asdict(measure_speed(base, slots, slot, prompts, compare.new_tokens))
     found["padded"] = slots is not None and slots.padded_model is not None
+    found["dtype"] = str(base.dtype).removeprefix("torch.")
     if isinstance(slots, LoraBank):
         slots.merge(0)
         found["merged_speed"] = asdict(measure_speed(base, slots, slot, prompts, compare.new_tokens))
@@ -194,17 +201,26 @@ def use_method(job: Job, trained: Mapping[str, Any]) -> dict[str, Any]:
 
 def _load(model: ModelConfig, trained: Mapping[str, Any]) -> tuple[Adapted, float]:
     """What was trained, and the seconds it took to load on a base that is there; of a whole model, to load it."""
-    if trained["method"] in ("full", "base"):
-        whole = {"model_name_or_path": trained.get("adapter"), "revision": None}
-        own = model if trained["method"] == "base" else model.model_copy(update=whole)
-        begin = time.perf_counter()
-        adapted = Adapted(load_base(own))
-        return adapted, time.perf_counter() - begin
+    base = load_base(model)  # whatever a first call makes ready, is ready after it
     begin = time.perf_counter()
-    load_base(model)
-    middle = time.perf_counter()
-    adapted = load_adapted(model, AdapterConfig(adapter=trained["adapter"]))
-    return adapted, max(0.0, time.perf_counter() - middle - (middle - begin))
+    if trained["method"] == "full":
+        del base
+        adapted = Adapted(
+            load_base(model.model_copy(update={"model_name_or_path": trained["adapter"], "revision": None}))
+        )
+    elif trained["method"] == "base":
+        adapted = Adapted(base)
+    else:
+        saved = load_saved(Path(trained["adapter"]))
+        slots = restore(base.model, saved)
+        adapted = Adapted(with_template(base, None, Path(trained["adapter"])), slots, saved)
+    return adapted, time.perf_counter() - begin
+
+
+def sample(rows: Sequence[TokenRow], count: int) -> list[TokenRow]:
+    """So many rows of a file that may be sorted; fewer of them are among more of them, and no method has others."""
+    chosen = np.random.default_rng(0).permutation(len(rows))[:count]
+    return [rows[int(i)] for i in sorted(chosen)]
 
 
 def _bytes(folder: Path) -> int:
@@ -270,4 +286,7 @@ def _part(function: Callable[..., dict[str, Any]], path: Path, why: Path, job: J
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(Interrupted.exit_code)
+    except Exception as error:  # of torch or PEFT: its reason belongs into the report
+        write_text(why, f"{type(error).__name__}: {error}")
+        raise
     write_json(path, found | {"process_peak_bytes": peak_memory_bytes(pick_device(job.settings[0].device))})

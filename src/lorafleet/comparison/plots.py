@@ -5,6 +5,7 @@ from typing import Any
 
 from matplotlib import colormaps
 
+from lorafleet.comparison.conclusion import gap_of
 from lorafleet.comparison.result import CompareResult
 from lorafleet.evaluation.metrics import in_words
 from lorafleet.training.plot import as_svg, new_figure, running_mean
@@ -52,6 +53,22 @@ def curves(methods: Sequence[Row]) -> str:
             x, y = zip(*evaluated, strict=True)
             axes.plot(x, y, color=color(number), marker="o", linestyle="none", markersize=4)
     axes.set(xlabel="optimizer step (points: held-out rows)", ylabel="running mean loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8)
+    return as_svg(figure)
+
+
+def gaps(methods: Sequence[Row]) -> str:
+    """How far held-out rows are behind those that were seen, over the number of these; logarithmic."""
+    figure, axes = new_figure(3.4)
+    for number, row in enumerate(methods):
+        known = [(one["rows"], apart) for one in row["gaps"] if (apart := gap_of(one)) is not None]
+        if known:
+            x, y = zip(*known, strict=True)
+            axes.plot(x, y, color=color(number), marker="o", label=row["name"])
+    axes.axhline(0, color="#64748b", linestyle="--", linewidth=1)
+    axes.set_xscale("log")
+    axes.set(xlabel="rows trained on", ylabel="held-out loss above the seen rows' (nats)")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8)
     return as_svg(figure)

@@ -14,20 +14,18 @@ from lorafleet.evaluation.text_metrics import corpus_metrics, reference_streams
 logging.getLogger("sacrebleu").setLevel(logging.WARNING)  # it tells each step
 
 RESAMPLES = 2000
+CHANCE = 0.05
+"""A difference that chance makes more often than so is within noise."""
 
 Interval = tuple[float, float]
 
 
-def interval(
-    statistic: Callable[..., float], *columns: Sequence[float], seed: int = 0, level: float = 0.95
-) -> Interval | None:
-    """Percentile interval of a statistic of rows, by resampling rows (Efron 1979).
+def interval(statistic: Callable[..., float], *columns: Sequence[float]) -> Interval | None:
+    """Percentile interval of a statistic of rows, 95 % of it, by resampling rows (Efron 1979).
 
     Args:
         statistic: Takes the columns, each ``(rows,)``.
         columns: One number for each row.
-        seed: What the resampling follows from.
-        level: Confidence.
 
     Returns:
         Lower and upper end; none for fewer than two rows.
@@ -41,9 +39,9 @@ def interval(
         paired=True,
         vectorized=False,
         n_resamples=RESAMPLES,
-        confidence_level=level,
+        confidence_level=1 - CHANCE,
         method="percentile",
-        rng=np.random.default_rng(seed),
+        rng=np.random.default_rng(0),
     ).confidence_interval
     return float(found.low), float(found.high)
 
@@ -73,6 +71,16 @@ def difference(one: Mapping[str, Sequence[Any]], other: Mapping[str, Sequence[An
         return interval(lambda a, b, n: float((a.sum() - b.sum()) / n.sum()), *columns)
     key = {"accuracy": "label_right", "exact_match": "text_right"}[metric]
     return interval(lambda a, b: float(np.mean(a) - np.mean(b)), one[key], other[key])
+
+
+def within_noise(one: Mapping[str, Sequence[Any]], other: Mapping[str, Sequence[Any]], metric: str) -> bool:
+    """Whether chance alone makes two methods differ by so much on the same rows."""
+    if metric == "chrf":
+        # Texts of both are there where references are.
+        tests = text_tests({"one": one["texts"], "other": other["texts"]}, other["references"], "other")
+        return tests["one"].p_values[metric] >= CHANCE
+    gap = difference(one, other, metric)
+    return gap is None or gap[0] <= 0 <= gap[1]
 
 
 class TextTest(NamedTuple):

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lorafleet.config.training import RunConfig, TrainingConfig
@@ -19,6 +19,9 @@ logger = logging.getLogger(__name__)
 FACTOR = math.sqrt(10)
 """Between one rate and the next."""
 
+MORE = 4
+"""Rates beyond the first ones: a hundredth or a hundred times of what was given."""
+
 
 def find_rate(
     base: Base,
@@ -32,7 +35,7 @@ def find_rate(
 ) -> dict[str, Any]:
     """Train a little at several rates around the given one; the lowest held-out loss wins.
 
-    Where the best is the lowest or highest that was tried, one more is tried beyond it.
+    As long as the best is the lowest or highest that was tried, one more is tried beyond it, :data:`MORE` at most.
 
     Args:
         base: The base.
@@ -45,7 +48,8 @@ def find_rate(
         count: Rates to begin with.
 
     Returns:
-        ``rate``, ``steps``, and ``runs`` with rate and held-out loss of each; a loss that is no number is null.
+        ``rate``, ``steps``, ``at_end``: whether a better one may lie beyond those that were tried; and ``runs`` with
+        rate and held-out loss of each; a loss that is no number is null.
 
     Raises:
         TrainingError: The loss was NaN or infinite at every rate.
@@ -66,15 +70,21 @@ def find_rate(
 
     first = training.learning_rate / FACTOR ** ((count - 1) / 2)
     losses = {rate: loss_at(rate) for rate in (first * FACTOR**i for i in range(count))}
-    best = min(losses, key=losses.__getitem__)
-    for end, beyond in ((min(losses), best / FACTOR), (max(losses), best * FACTOR)):
-        if best == end:
-            losses[beyond] = loss_at(beyond)
+    while (beyond := _beyond(losses)) and len(losses) < count + MORE:
+        losses[beyond] = loss_at(beyond)
     best = min(losses, key=losses.__getitem__)
     if losses[best] == math.inf:
         raise TrainingError(f"the loss was no number at any learning rate from {min(losses):.1e} to {max(losses):.1e}")
     runs = [{"rate": r, "loss": loss if loss < math.inf else None} for r, loss in sorted(losses.items())]
-    return {"rate": best, "steps": steps, "runs": runs}
+    return {"rate": best, "steps": steps, "at_end": _beyond(losses) is not None, "runs": runs}
+
+
+def _beyond(losses: Mapping[float, float]) -> float | None:
+    """The next rate beyond the best one; none where the best has worse ones on both sides."""
+    best = min(losses, key=losses.__getitem__)
+    if best == min(losses):
+        return best / FACTOR
+    return best * FACTOR if best == max(losses) else None
 
 
 def train_briefly(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafleet.comparison import plots
-from lorafleet.comparison.conclusion import conclusion
+from lorafleet.comparison.conclusion import conclusion, gap_of
 from lorafleet.comparison.result import FALLING, CompareResult
 from lorafleet.evaluation.metrics import in_figures, in_words
 from lorafleet.files.atomic import write_text
@@ -29,11 +29,11 @@ def tables(result: CompareResult) -> dict[str, tuple[list[str], list[list[str]]]
     """The five questions, each a table with a row for each method and the base where it has an answer."""
     rows, base = result.methods, result.base
     metrics = [name for name in base["quality"] if name != "perplexity"]
-    quality = [["base", *(_with_interval(base, name) for name in metrics), "", ""]]
+    quality = [["base", *(_with_interval(base, name) for name in metrics), ""]]
     quality += [
-        [row["name"], *(_with_interval(row, name) for name in metrics), _place(row, result.merit), _gap(row)]
-        for row in rows
+        [row["name"], *(_with_interval(row, name) for name in metrics), _place(row, result.merit)] for row in rows
     ]
+    failed = [[name, f"failed: {why.splitlines()[0]}", "", "", ""] for name, why in result.failed.items()]
     return {
         "Parameters and memory": (
             ["method", "trained parameters", "of the model", "optimizer", "peak memory in training"],
@@ -46,7 +46,8 @@ def tables(result: CompareResult) -> dict[str, tuple[list[str], list[list[str]]]
                     megabytes(row["training_peak_bytes"]),
                 ]
                 for row in rows
-            ],
+            ]
+            + failed,
         ),
         "Training speed": (
             ["method", "learning rate", "steps", "tokens/s", "in padded batches", "time", "loss at the end"],
@@ -56,7 +57,7 @@ def tables(result: CompareResult) -> dict[str, tuple[list[str], list[list[str]]]
                     _rate(row),
                     f"{row['steps']:,}",
                     f"{row['training_tokens_per_second']:,.0f}",
-                    f"{row['padded_tokens_per_second']:,.0f}" if row["padded_tokens_per_second"] else "",
+                    f"{row['padded_tokens_per_second']:,.0f}",
                     clock(row["training_seconds"]),
                     f"{_last_loss(row):.4f}",
                 ]
@@ -79,7 +80,18 @@ def tables(result: CompareResult) -> dict[str, tuple[list[str], list[list[str]]]
             ["method", "to keep for each task", "to load it"],
             [[row["name"], megabytes(row["storage_bytes"]), f"{row['load_seconds']:.2f} s"] for row in rows],
         ),
-        "Quality": (["method", *(in_words(name) for name in metrics), "beside the best", "forgetting"], quality),
+        "Quality": (["method", *(in_words(name) for name in metrics), "beside the best"], quality),
+        "Forgetting": (
+            ["method", "loss on other text", "change by training"],
+            [
+                ["base", f"{base['general_loss']:.4f}", ""],
+                *([row["name"], f"{row['general_loss']:.4f}", f"{row['forgetting']:+.4f}"] for row in rows),
+            ],
+        ),
+        "Overfitting": (
+            ["method", *(f"{one['rows']:,} rows" for one in (rows[0]["gaps"] if rows else []))],
+            [[row["name"], *map(_losses, row["gaps"])] for row in rows],
+        ),
     }
 
 
@@ -101,16 +113,17 @@ def _place(row: Row, merit: str) -> str:
         return f"best {in_words(merit)}"
     if row["within_noise"]:
         return "within noise"
-    if row.get("p_value") is not None:
-        return f"behind (p = {row['p_value']:.2g})"
+    if merit == "chrf":
+        return f"behind (p = {row['p_values'][merit]:.2g})"
     if row["behind_best"] is None:
         return ""
     low, high = (abs(one) for one in row["behind_best"])
     return f"behind by {in_figures(merit, min(low, high))} to {in_figures(merit, max(low, high))}"
 
 
-def _gap(row: Row) -> str:
-    return f"{row['forgetting']:+.4f}"
+def _losses(gap: Row) -> str:
+    apart = gap_of(gap)
+    return "no number" if apart is None else f"{apart:+.3f} ({gap['train_loss']:.3f} to {gap['eval_loss']:.3f})"
 
 
 def _rate(row: Row) -> str:
@@ -139,7 +152,9 @@ def notes(result: CompareResult) -> list[str]:
     found = [
         f"Quality: {result.rows} {result.split} rows of {result.data}; in brackets the 95 % interval, by resampling "
         f"rows. Methods are ranked by {in_words(result.merit)} ({direction}).",
-        f"Forgetting: how much the loss on {result.forgetting_text} rose by training; below 0 it fell.",
+        f"Forgetting: the loss on {result.forgetting_text}, text that has nothing to do with the task.",
+        "Overfitting: how far the loss on held-out rows is above that on rows that were seen (in brackets the two), "
+        "after as many steps on few rows; in the last column after the training on all.",
         "Peak memory: of the whole training process, the base and the libraries included.",
     ]
     searched = [row for row in result.methods if row["rates"]]
@@ -147,6 +162,21 @@ def notes(result: CompareResult) -> list[str]:
         steps = searched[0]["rates"]["steps"]
         tried = ", ".join(f"{row['name']} {len(row['rates']['runs'])}" for row in searched)
         found.append(f"Learning rates: the best of short runs of {steps} steps each; runs: {tried}.")
+        ends = [row["name"] for row in searched if row["rates"]["at_end"]]
+        if ends:
+            found.append(f"{', '.join(ends)}: the best rate was the last that was tried; a better one may lie beyond.")
+    if len({row["tokens"] for row in result.methods}) > 1:
+        found.append("The methods were not trained on equally many tokens: by early stopping, or options of their own.")
+    if result.split == "valid":
+        found.append(
+            "There are no test rows: quality is measured on rows that learning rates and checkpoints were chosen by, "
+            "and is a little better than on new ones."
+        )
+    if result.base["dtype"] != "float32" and any(row["kind"] == "full" for row in result.methods):
+        found.append(
+            f"full changes weights in {result.base['dtype']}, where small changes are lost, the others train in "
+            "float32: with --dtype float32 it may come out better."
+        )
     padded = [row["name"] for row in result.methods if row["padded"]]
     if padded:
         found.append(
@@ -187,6 +217,7 @@ def _pictures(result: CompareResult) -> dict[str, str]:
         "Quality and parameters": plots.pareto(result, lambda row: row["trainable_parameters"], "trained parameters"),
         "Quality and time": plots.pareto(result, lambda row: row["training_seconds"], "training time (s)"),
         "Learning": plots.curves(rows),
+        "Overfitting": plots.gaps(rows),
         "Memory in training": plots.bars(rows, lambda row: row["training_peak_bytes"] / 1e6, "MB at the peak"),
         "Training speed, measured": plots.bars(rows, lambda row: row["training_tokens_per_second"], "tokens/s"),
         "Storage of a task": plots.bars(rows, lambda row: row["storage_bytes"] / 1e6, "MB", log=True),

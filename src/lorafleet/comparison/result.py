@@ -1,29 +1,25 @@
 """What a comparison has measured, put together from what each part has left."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from lorafleet.comparison.folder import METHODS
 from lorafleet.comparison.jobs import GENERAL
-from lorafleet.comparison.quality import difference, text_tests
+from lorafleet.comparison.quality import difference, text_tests, within_noise
 from lorafleet.config.data import DataConfig
 from lorafleet.config.model import ModelConfig
 from lorafleet.data.load import Data
 from lorafleet.models.source import find_source
 
-MERITS = ("accuracy", "exact_match", "chrf", "loss")
-"""By which of these methods are ranked: the first that the rows can give."""
+MERITS = ("accuracy", "chrf", "exact_match", "loss")
+"""By which of these methods are ranked: the first that the rows can give. Long texts hardly ever match exactly."""
 
 FALLING = ("loss", "perplexity")
 
 BASE = "base"
-CHANCE = 0.05
-"""A difference that chance makes more often than so is within noise."""
-
-_PARTS = ("method", "rate", "train", "small", "padded", "use", "error")
 
 
 @dataclass(frozen=True)
@@ -38,8 +34,11 @@ class CompareResult:
         rows: How many of its rows.
         merit: The metric that methods are ranked by.
         forgetting_text: What forgetting was measured on.
-        base: The base as it is: ``quality``, ``intervals``, ``speed``, ``general_loss``, ``process_peak_bytes``.
-        methods: One mapping for each method, those with more trained parameters first; see ``docs/cli.md``.
+        base: The base as it is: ``quality``, ``intervals``, ``speed``, ``general_loss``, ``dtype``, …
+        methods: One mapping for each method, those with more trained parameters first. ``best``: whether it is;
+            ``within_noise``, ``as_base``, ``as_full``: whether chance makes it differ so much from the best, from the
+            base, and from full fine-tuning; ``gaps``: losses on the rows that were seen and on held-out ones, after
+            training as long on few rows and, last, after training on all.
         failed: Methods that could not be measured, with the reason.
     """
 
@@ -71,8 +70,8 @@ def gather(folder: Path, model: ModelConfig, data_config: DataConfig, data: Data
             failed[parts["method"]["name"]] = parts["error"]["error"]
     measured.sort(key=lambda row: -row["trainable_parameters"])
     merit = next(name for name in MERITS if name in base["quality"])
-    _against_best(measured, merit)
-    _test_texts(base, measured, merit)
+    _rank(base, measured, merit)
+    _test_texts(base, measured)
     split = "test" if "test" in data.splits else "valid"
     for one in (base, *measured):
         one.pop("rows")
@@ -91,13 +90,13 @@ def gather(folder: Path, model: ModelConfig, data_config: DataConfig, data: Data
 
 
 def _read(place: Path) -> dict[str, Any]:
-    paths = {part: place / f"{part}.json" for part in _PARTS}
-    return {part: json.loads(path.read_text(encoding="utf-8")) for part, path in paths.items() if path.exists()}
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in place.glob("*.json")}
 
 
 def _row(parts: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
     """One method's numbers under the names of the table."""
     method, train, use = parts["method"], parts["train"], parts["use"]
+    small = [part for name, part in parts.items() if name.startswith("small-")]
     return {
         "name": method["name"],
         "kind": method["kind"],
@@ -105,13 +104,13 @@ def _row(parts: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
         "rates": parts.get("rate"),
         "trainable_parameters": train["trainable_parameters"],
         "trainable_share": train["trainable_parameters"] / train["total_parameters"],
-        "optimizer_bytes": 2 * 4 * train["trainable_parameters"],
+        "optimizer_bytes": train["optimizer_bytes"],
         "training_peak_bytes": train["process_peak_bytes"],
         "steps": train["steps"],
         "tokens": train["tokens"],
         "training_tokens_per_second": train["tokens_per_second"],
-        "padded_tokens_per_second": _padded_speed(parts),
-        "training_seconds": train["seconds"],
+        "padded_tokens_per_second": parts["padded"]["tokens_per_second"],
+        "training_seconds": train["tokens"] / train["tokens_per_second"],
         "curve": train["curve"],
         "storage_bytes": use["storage_bytes"],
         "load_seconds": use["load_seconds"],
@@ -121,48 +120,43 @@ def _row(parts: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
         "quality": use["quality"],
         "intervals": use["intervals"],
         "rows": use["rows"],
+        "general_loss": use["general_loss"],
         "forgetting": use["general_loss"] - base["general_loss"],
         "gaps": [
-            {"rows": train["rows"]["used"], "train_loss": use["train_rows_loss"], "eval_loss": use["quality"]["loss"]},
-            *([parts["small"]] if "small" in parts else []),
+            *({name: part[name] for name in ("rows", "train_loss", "eval_loss")} for part in _by_rows(small)),
+            {"rows": train["rows"]["used"], "train_loss": use["train_loss"], "eval_loss": use["held_out_loss"]},
         ],
     }
 
 
-def _padded_speed(parts: Mapping[str, Any]) -> float | None:
-    """Training speed with padded batches; none where no method of the comparison needs them."""
-    if parts["use"]["padded"]:
-        return float(parts["train"]["tokens_per_second"])
-    return float(parts["padded"]["tokens_per_second"]) if "padded" in parts else None
+def _by_rows(parts: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(parts, key=lambda part: part["rows"])
 
 
-def _against_best(measured: list[dict[str, Any]], merit: str) -> None:
-    """Note for each method how far it is from the best by the merit, and whether that is within noise."""
+def _rank(base: dict[str, Any], measured: list[dict[str, Any]], merit: str) -> None:
+    """Note for each method how far it is from the best by the merit, and from whom chance alone may set it apart."""
     if not measured:
         return
     sign = -1 if merit in FALLING else 1
-    best = max(measured, key=lambda row: sign * row["quality"][merit])
+    # Of equal ones the smallest, which stands last.
+    best = max(reversed(measured), key=lambda row: sign * row["quality"][merit])
+    full = next((row for row in measured if row["kind"] == "full"), None)
     for row in measured:
-        gap = None
-        if row is not best and merit in ("loss", "accuracy", "exact_match"):
-            gap = difference(row["rows"], best["rows"], merit)
         row["best"] = row is best
-        row["behind_best"] = gap
-        row["within_noise"] = row is best or (gap is not None and gap[0] <= 0 <= gap[1])
+        row["behind_best"] = None if row is best or merit == "chrf" else difference(row["rows"], best["rows"], merit)
+        row["within_noise"] = row is best or within_noise(row["rows"], best["rows"], merit)
+        row["as_base"] = within_noise(row["rows"], base["rows"], merit)
+        row["as_full"] = None if full is None else row is full or within_noise(row["rows"], full["rows"], merit)
 
 
-def _test_texts(base: dict[str, Any], measured: list[dict[str, Any]], merit: str) -> None:
-    """Intervals of BLEU and chrF; where chrF is the merit, whether a method is behind the best by more than chance."""
+def _test_texts(base: dict[str, Any], measured: list[dict[str, Any]]) -> None:
+    """Intervals of BLEU and chrF, and how likely chance alone sets a method so far behind the best."""
     references = base["rows"].get("references")
     if not references or not measured:
         return
-    best = next(row for row in measured if row["best"])
+    best = next(row["name"] for row in measured if row["best"])
     texts = {row["name"]: row["rows"]["texts"] for row in measured}
-    found = text_tests({**texts, BASE: base["rows"]["texts"]}, references, best["name"])
-    base["intervals"] |= found[BASE].intervals
-    for row in measured:
-        test = found[row["name"]]
-        row["intervals"] |= test.intervals
-        if merit == "chrf":
-            row["p_value"] = test.p_values.get(merit)
-            row["within_noise"] = row is best or test.p_values[merit] >= CHANCE
+    found = text_tests({**texts, BASE: base["rows"]["texts"]}, references, best)
+    for name, row in ((BASE, base), *((row["name"], row) for row in measured)):
+        row["intervals"] |= found[name].intervals
+        row["p_values"] = found[name].p_values

@@ -25,7 +25,6 @@ from lorafleet.data.load import Data, load_data
 from lorafleet.errors import ConfigError, DataError, Interrupted, LorafleetError, raise_all
 from lorafleet.files.atomic import write_json
 from lorafleet.methods.method import Method, find_methods
-from lorafleet.methods.peft_options import prepends
 from lorafleet.models.load import load_meta_model, load_tokenizer
 from lorafleet.models.source import find_source
 from lorafleet.training.report import as_text
@@ -68,25 +67,27 @@ def compare(config: Mapping[str, Any] | str | Path | None = None, /, **knobs: An
     check_run(model, run)
     source = find_source(model)
     faults = [fault for method in methods for fault in _unfit(model, method)]
+    if run.gradient_checkpointing and any(method.kind != "lora" for method in methods):
+        faults.append("gradient_checkpointing works with lora alone, and would compare unequals; leave it off")
+    if negative := [count for count in own.small_rows if count < 0]:
+        faults.append(f"small_rows are numbers of rows, not {negative[0]}")
     raise_all(ConfigError, faults, f"{source.name} cannot be trained so")
     data = load_data(data_config, load_tokenizer(model))
     _check_rows(data, run)
     logger.info("%s", as_text(data.report.render()))
-    with open_comparison(Path(run.output_dir), settings, wanted) as folder:
+    with open_comparison(Path(run.output_dir), settings, wanted, data.data_hash) as folder:
         base = Job(settings, Method("base", "base", None, training), folder / METHODS / "base", 0)
-        _tell("base", "using it")
+        logger.info("base: using it")
         run_job(use_method, base.folder / "use.json", base, {"method": "base"})
-        jobs = [Job(settings, m, folder / METHODS / slug(m.name), _steps(m, data)) for m in methods]
-        padded = any(prepends(method.config) for method in methods)
-        for job in jobs:
-            _measure(job, own, padded=padded and not prepends(job.method.config))
+        for method in methods:
+            _measure(Job(settings, method, folder / METHODS / slug(method.name), _steps(method, data)), own)
         result = gather(folder, model, data_config, data)
         write_json(folder / RESULTS, result.as_dict())
         logger.info("the report is in %s", write_report(result))
         return result
 
 
-def _measure(job: Job, own: CompareConfig, *, padded: bool) -> None:
+def _measure(job: Job, own: CompareConfig) -> None:
     """Do all parts of one method that are not there; a part that fails ends this method and no other."""
     name, folder = job.method.name, job.folder
     error = folder / "error.json"
@@ -99,28 +100,24 @@ def _measure(job: Job, own: CompareConfig, *, padded: bool) -> None:
     try:
         rate = job.method.training.learning_rate
         if own.tune_lr:
-            _tell(name, "finding its learning rate")
+            logger.info("%s: finding its learning rate", name)
             rate = run_job(search_rate, folder / "rate.json", job)["rate"]
-        _tell(name, "training")
+        logger.info("%s: training", name)
         trained = run_job(train_method, folder / "train.json", job, rate)
-        if own.small_rows:
-            _tell(name, f"training on {own.small_rows} rows")
-            run_job(overfit, folder / "small.json", job, rate)
-        if padded:
-            _tell(name, "training in padded batches")
-            run_job(padded_speed, folder / "padded.json", job)
-        _tell(name, "using it")
+        for count in sorted({count for count in own.small_rows if count < trained["rows"]["used"]} - {0}):
+            logger.info("%s: training on %d rows", name, count)
+            run_job(overfit, folder / f"small-{count}.json", job, rate, count)
+        logger.info("%s: training in padded batches", name)
+        run_job(padded_speed, folder / "padded.json", job)
+        logger.info("%s: using it", name)
         run_job(use_method, folder / "use.json", job, trained)
     except Interrupted:
         raise
     except LorafleetError as failure:
         logger.warning("%s failed: %s", name, failure)
         write_json(error, {"error": str(failure), "at": time.time()})
-        shutil.rmtree(folder / "train", ignore_errors=True)
-
-
-def _tell(name: str, what: str) -> None:
-    logger.info("%s: %s", name, what)
+        if not (folder / "train.json").exists():
+            shutil.rmtree(folder / "train", ignore_errors=True)
 
 
 def _steps(method: Method, data: Data) -> int:

@@ -22,7 +22,7 @@ class Speed:
     Attributes:
         first_token: Seconds from one prompt to its first token.
         single: Tokens a second of one row at a time, after its first.
-        batch: Tokens a second of eight rows together.
+        batch: Tokens a second of eight rows together, after their first.
     """
 
     first_token: float
@@ -57,8 +57,7 @@ def measure_speed(
         return time.perf_counter() - begin
 
     seconds(eight[:1], 2)  # whatever is made ready at the first call
-    rounds = [
-        (seconds(eight[:1], 1), seconds(eight[:1], new_tokens), seconds(eight, new_tokens)) for _ in range(ROUNDS)
-    ]
-    first, single, batch = (median(column) for column in zip(*rounds, strict=True))
-    return Speed(first, (new_tokens - 1) / max(single - first, 1e-9), 8 * new_tokens / batch)
+    rounds = [[seconds(rows, count) for rows in (eight[:1], eight) for count in (1, new_tokens)] for _ in range(ROUNDS)]
+    first, single, first_of_eight, batch = (median(column) for column in zip(*rounds, strict=True))
+    more = new_tokens - 1
+    return Speed(first, more / max(single - first, 1e-9), 8 * more / max(batch - first_of_eight, 1e-9))

@@ -1,5 +1,7 @@
 """The knobs of a comparison of methods, and of estimating what they need."""
 
+from pydantic import field_validator
+
 from lorafleet.config.knob import Section, knob
 
 
@@ -21,13 +23,18 @@ class CompareConfig(Section):
         None, "Steps of each run of that search; a fifth of the training's steps when not given.", ge=1
     )
     lr_runs: int = knob(
-        3, "Rates tried, each about three times the one before; one more where the best is the first or last.", ge=2
+        3, "Rates tried, each about three times the one before; up to 4 more while the best is the first or last.", ge=2
     )
-    small_rows: int = knob(
-        64, "Each method also trains on so few rows, for as many steps, to show how it overfits; 0 for none.", ge=0
+    small_rows: list[int] = knob(
+        [32, 128], "Each method also trains on so few rows, for as many steps, to show how it overfits; 0 for none."
     )
     max_test_rows: int = knob(200, "Test rows that quality is measured on.", ge=2)
     new_tokens: int = knob(32, "Tokens generated where inference is timed.", ge=2)
+
+    @field_validator("small_rows", mode="before")
+    @classmethod
+    def _one_number(cls, value: object) -> object:
+        return [value] if isinstance(value, int) else value
 
 
 class EstimateConfig(Section):

@@ -25,7 +25,7 @@ class LoraConfig(Section):
     )
     target_modules: str | list[str] = knob(
         "all-linear",
-        "Layers to adapt: names, suffixes, one regex, or all-linear, attention, mlp. "
+        "Layers to adapt: names, suffixes, one regex, or all-linear, attention, mlp; the tokens' embedding by name. "
         "All linear layers beat attention alone at equal parameters.",
         names=("lora_target_modules", "lora_target"),
     )

@@ -14,7 +14,9 @@ class TrainingConfig(Section):
         2e-4, "Peak learning rate. About ten times that of full fine-tuning suits LoRA.", names=("lr",), gt=0
     )
     loraplus_lr_ratio: float = knob(
-        1.0, "B's learning rate over A's (LoRA+, arXiv 2402.12354); above 1, lower learning_rate to about half.", ge=1
+        1.0,
+        "B's learning rate over A's in linear layers (LoRA+, arXiv 2402.12354); above 1, halve the rate.",
+        ge=1,
     )
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = knob("linear", "Course of the rate after warm-up.")
     warmup_ratio: float = knob(0.03, "Share of all steps in which the rate rises from 0.", ge=0, lt=1)

@@ -4,7 +4,6 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -118,7 +117,7 @@ def _layout_bytes(model: PreTrainedModel, slots: Slots) -> int:
     if isinstance(head, nn.Linear) and not head.weight.requires_grad:
         count += 2 * head.weight.nbytes
     if isinstance(slots, LoraBank):
-        count += sum(layer.weight.nbytes for layer in slots.layers.values())
+        count += sum(layer.weight.nbytes for layer in slots.layers.values() if not layer.embeds)
     return count
 
 
@@ -135,7 +134,9 @@ def _cache_bytes(model: PreTrainedModel) -> int:
     config: Any = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(2 * config.num_hidden_layers * heads * width * torch.empty((), dtype=model.dtype).element_size())
+    frozen = next((one for one in model.parameters() if not one.requires_grad), None)
+    dtype = model.dtype if frozen is None else frozen.dtype
+    return int(2 * config.num_hidden_layers * heads * width * dtype.itemsize)
 
 
 def file_bytes(slots: Slots) -> int:

@@ -207,7 +207,7 @@ class TreeScorer:
         self, ids: list[list[int]], positions: list[list[int]], seen: Tensor, cache: DynamicCache, *, keep: int
     ) -> NDArray[np.float64]:
         """Extend the cache; log-probabilities ``(rows, keep, vocabulary of the trie)`` of the last ``keep`` columns."""
-        device, dtype = self.base.device, self.base.model.dtype
+        device, dtype = self.base.device, self.base.dtype
         mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min).to(device)
         arguments: dict[str, Any] = {
             "input_ids": torch.tensor(ids, device=device),
@@ -246,7 +246,7 @@ def _checked_scorer(
         logger.info("%s is scored label by label (%s: %s)", type(base.model).__name__, type(error).__name__, error)
         return None
     wanted = label_log_probs(base, bank, slot, [prompt], [labels[found.label]], batch_size=1)[0, 0]
-    tolerance = 1e-3 if base.model.dtype in (torch.float32, torch.float64) else 5e-2
+    tolerance = 1e-3 if base.dtype in (torch.float32, torch.float64) else 5e-2
     if abs(found.log_prob - wanted) <= tolerance * max(1.0, abs(wanted)):
         return scorer
     logger.info(

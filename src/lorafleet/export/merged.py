@@ -4,6 +4,7 @@ import gc
 import logging
 import shutil
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from lorafleet.errors import AdapterError, ConfigError, LorafleetError, raise_al
 from lorafleet.export.unwrap import changed_tensors, digests, unwrap
 from lorafleet.export.verification import Expected, Verdict, logits_of, probe_ids, relative, verify
 from lorafleet.files.adapter import Adapter, load_adapter
+from lorafleet.files.adapter_tensors import is_bases
 from lorafleet.files.atomic import write_json
 from lorafleet.files.method import saved_kind
 from lorafleet.files.model_folder import new_folder, save_model, sync_tree
@@ -154,9 +156,15 @@ def plan_merge(model: ModelConfig, adapter_config: AdapterConfig, merging: Merge
     try:
         meta = load_meta_model(model)
         parameters = sum(p.numel() for p in meta.parameters()) + sum(
-            t.numel() for name, t in adapter.tensors.items() if ".lora_" not in name
+            t.numel()
+            for name, t in adapter.tensors.items()
+            if ".lora_" not in name and not is_bases(adapter.config, name)
         )
-        inject_lora(meta, without_absent(meta, adapter.config)).load_state_dict(0, adapter.tensors)
+        bank = inject_lora(meta, without_absent(meta, adapter.config))
+        bank.load_state_dict(0, adapter.tensors)
+        uses = Counter(id(p) for _, p in meta.named_parameters(remove_duplicate=False))
+        untied = {id(one.weight): one.weight.numel() for one in bank.layers.values() if uses[id(one.weight)] > 1}
+        parameters += sum(untied.values())
     except LorafleetError as error:
         faults.append(f"the adapter in {folder} does not fit {source.name}: {error}")
     needed = parameters * dtype.itemsize
@@ -241,8 +249,9 @@ def _folder_faults(output_dir: Path, inputs: Mapping[str, Path], overwrite: bool
 
 
 def _adapter_faults(adapter: Adapter, folder: Path) -> list[str]:
-    """An adapter whose B are all zero was never trained: merging it would write the base again."""
-    products = {name: tensor for name, tensor in adapter.tensors.items() if name.endswith(".lora_B.weight")}
+    """An adapter whose B (A of an embedding) are all zero was never trained: merging it would write the base again."""
+    zeros = (".lora_B.weight", ".lora_embedding_A")
+    products = {name: tensor for name, tensor in adapter.tensors.items() if name.endswith(zeros)}
     others = len(adapter.tensors) > 2 * len(products)
     if products and not others and not any(tensor.any() for tensor in products.values()):
         return [f"every lora_B of the adapter in {folder} is zero, so it changes nothing; train it first"]

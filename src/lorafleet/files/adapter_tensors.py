@@ -1,7 +1,7 @@
 """The names and shapes of an adapter's tensors, as PEFT writes them, checked against its config."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from lorafleet.lora.targets import in_saved, pattern_value
 
 PREFIX = "base_model.model."
 
-_FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
+_FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<embedding>embedding_)?[AB](?(embedding)|\.weight)")
 _MAGNITUDE = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_magnitude_vector")
 _COPY = re.compile(r"(?P<module>.+)\.(original_module|modules_to_save)\.(?P<parameter>[^.]+)")
 _SHOWN = 20
@@ -20,6 +20,18 @@ _SHOWN = 20
 def adapted_modules(names: Iterable[str]) -> list[str]:
     """The modules that have an ``A`` or ``B``, in the order of ``names``."""
     return list(dict.fromkeys(found["module"] for name in names if (found := _FACTOR.fullmatch(name))))
+
+
+def factor_names(module: str, names: Collection[str]) -> tuple[str, str]:
+    """The names of a module's A and B among those of an adapter's tensors; an embedding's differ from the others'."""
+    embedding = any(f"{PREFIX}{module}.lora_embedding_{factor}" in names for factor in "AB")
+    a, b = ("embedding_A", "embedding_B") if embedding else ("A.weight", "B.weight")
+    return f"{PREFIX}{module}.lora_{a}", f"{PREFIX}{module}.lora_{b}"
+
+
+def is_bases(config: LoraConfig, name: str) -> bool:
+    """Whether a tensor is the base's own: PEFT writes those of an embedding or output head beside its A and B."""
+    return name.endswith(".base_layer.weight") or (config.bias == "none" and name.endswith(".base_layer.bias"))
 
 
 def saved_modules(names: Sequence[str], tensors: Iterable[str], *, letters: bool) -> list[str]:
@@ -90,7 +102,7 @@ def tensor_faults(config: LoraConfig, tensors: Mapping[str, Tensor]) -> list[str
 
 def _pair_faults(config: LoraConfig, module: str, tensors: Mapping[str, Tensor]) -> list[str]:
     rank, _ = rank_and_alpha(config, module)
-    names = {factor: f"{PREFIX}{module}.lora_{factor}.weight" for factor in "AB"}
+    names = dict(zip("AB", factor_names(module, tensors), strict=True))
     faults = [f"missing tensor {name}" for name in names.values() if name not in tensors]
     for factor, name in names.items():
         if name in tensors:
@@ -114,6 +126,8 @@ def _is_wanted(config: LoraConfig, name: str, modules: list[str]) -> bool:
     if config.use_dora and (found := _MAGNITUDE.fullmatch(name)):
         return found["module"] in modules
     path = name.removeprefix(PREFIX)
+    if is_bases(config, name) and path.rpartition(".base_layer.")[0] in modules:  # compared when it is used
+        return True
     if any(in_saved(saved, path) for saved in config.modules_to_save):
         return True
     if config.bias == "all":

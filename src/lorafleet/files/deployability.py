@@ -10,6 +10,10 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's ``--max-lora-rank`` can be; an adapter's rank may be anything up to it."""
 
 
+_ENDS = ("embed_tokens", "embed_in", "wte", "word_embeddings", "lm_head", "embed_out")
+"""Embeddings and output heads, by the names of their modules."""
+
+
 def deployability(config: LoraConfig, target_paths: Sequence[str]) -> dict[str, list[str]]:
     """Say which runtimes can serve an adapter of this shape, and if not, why and what would help.
 
@@ -18,7 +22,8 @@ def deployability(config: LoraConfig, target_paths: Sequence[str]) -> dict[str, 
         target_paths: The modules it adapts.
 
     Returns:
-        For ``peft``, ``vllm`` and ``llama.cpp`` the reasons against it; an empty list means that it can.
+        For ``peft``, ``vllm`` and ``llama.cpp`` the reasons against it, some of which hold for some bases only and say
+        which; an empty list means that it can.
     """
     config = config.as_plain()
     return {"peft": [], "vllm": _vllm(config, target_paths), "llama.cpp": _llama_cpp(config, target_paths)}
@@ -49,6 +54,8 @@ def _vllm(config: LoraConfig, paths: Sequence[str]) -> list[str]:
             f"vLLM scales every module by {one:g} and ignores rank_pattern and alpha_pattern, "
             f"which is wrong for {_some(wrong)}; merge it, or export it with the scale baked in"
         )
+    if ends := _ends(paths):
+        reasons.append(f"vLLM refuses an adapter of {ends} for models that do not list it; merge it instead")
     return reasons
 
 
@@ -60,6 +67,8 @@ def _llama_cpp(config: LoraConfig, paths: Sequence[str]) -> list[str]:
         reasons.append(f"GGUF adapters hold A and B only, not {', '.join(config.modules_to_save)}; merge it instead")
     if config.bias != "none":
         reasons.append(f"GGUF adapters hold A and B only, not biases (bias: {config.bias}); merge it instead")
+    if ends := _ends(paths):
+        reasons.append(f"llama.cpp cannot adapt {ends} where the base has one matrix for both ends; merge it instead")
     ranks = {path: rank_and_alpha(config, path)[0] for path in paths}
     wrong = [path for path in paths if not math.isclose(_scale(config, path), config.lora_alpha / ranks[path])]
     if wrong:
@@ -69,6 +78,10 @@ def _llama_cpp(config: LoraConfig, paths: Sequence[str]) -> list[str]:
             "merge it, or export it with the scale baked in"
         )
     return reasons
+
+
+def _ends(paths: Sequence[str]) -> str:
+    return ", ".join(path for path in paths if path.rpartition(".")[2] in _ENDS)
 
 
 def _scale(config: LoraConfig, path: str) -> float:

@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from lorafleet.config.load import load_sections
 from lorafleet.config.lora import LoraConfig
 from lorafleet.config.model import ModelConfig
 from lorafleet.errors import ConfigError
 from lorafleet.files.adapter import CONFIG, Adapter, load_adapter
-from lorafleet.files.adapter_tensors import PREFIX, adapted_modules, rank_and_alpha
+from lorafleet.files.adapter_tensors import adapted_modules, factor_names, is_bases, rank_and_alpha
 from lorafleet.files.deployability import deployability, vllm_rank_flag
-from lorafleet.lora.targets import find_saved, find_targets
+from lorafleet.lora.layer import linear_shape
+from lorafleet.lora.targets import find_saved, find_targets, linear_layers
 from lorafleet.models.demo import DEMO_BASE, demo_base_place
 from lorafleet.models.load import load_meta_model
 
@@ -134,7 +134,7 @@ def _inspect_model(target: str, config: ModelConfig, lora: LoraConfig) -> Inspec
     model = load_meta_model(config)
     targets = find_targets(model, lora)
     saved = find_saved(model, lora)
-    shapes = {path: _shape(module) for path, module in _linear(model)}
+    shapes = {path: linear_shape(module) for path, module in (linear_layers(model) | targets).items()}
     adapter = sum(rank_and_alpha(lora, path)[0] * sum(shapes[path]) for path in targets)
     extra = {id(p): p.numel() for module in saved.values() for p in module.parameters()}
     if lora.bias == "all":
@@ -166,8 +166,8 @@ def _inspect_adapter(target: str, folder: Path, config: ModelConfig) -> Inspecti
     adapter = load_adapter(folder)
     modules = adapted_modules(adapter.tensors)
     shapes = {path: _adapted_shape(adapter, path) for path in modules}
-    lora_names = {f"{PREFIX}{path}.lora_{factor}.weight" for path in modules for factor in "AB"}
-    trainable = sum(tensor.numel() for tensor in adapter.tensors.values())
+    lora_names = {name for path in modules for name in factor_names(path, adapter.tensors)}
+    trainable = sum(t.numel() for name, t in adapter.tensors.items() if not is_bases(adapter.config, name))
     model = _base_model(adapter, config)
     total = None if model is None else sum(p.numel() for p in model.parameters())
     base = config.model_name_or_path or adapter.base_name
@@ -214,21 +214,8 @@ def _base_bytes(target: str, model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters()) * dtype.itemsize
 
 
-def _linear(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
-    return ((path, module) for path, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D))
-
-
-def _shape(module: nn.Module) -> tuple[int, int]:
-    """``(in, out)``."""
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    weight = module.weight
-    assert isinstance(weight, torch.Tensor)
-    return weight.shape[0], weight.shape[1]  # Conv1D keeps (in, out)
-
-
 def _adapted_shape(adapter: Adapter, path: str) -> tuple[int, int]:
-    a, b = (adapter.tensors[f"{PREFIX}{path}.lora_{factor}.weight"] for factor in "AB")
+    a, b = (adapter.tensors[name] for name in factor_names(path, adapter.tensors))
     return a.shape[1], b.shape[0]
 
 

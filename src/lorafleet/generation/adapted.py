@@ -58,13 +58,22 @@ def load_adapted(model: ModelConfig, config: AdapterConfig, chat_template: str |
     """
     if config.adapter is None:
         base = load_base(model)
-        return Adapted(_with_template(base, chat_template, None))
+        return Adapted(with_template(base, chat_template, None))
     folder = Path(config.adapter)
-    adapter = load_adapter(folder) if saved_kind(folder) == "lora" else load_method(folder)
+    adapter = load_saved(folder)
     base = _load_its_base(base_of(model, adapter, folder), named=model.model_name_or_path is not None, folder=folder)
     if config.check_base:
         raise_all(AdapterError, mismatches(adapter, base), f"the adapter in {folder} was not trained on this base")
-    return Adapted(_with_template(base, chat_template, folder), restore(base.model, adapter), adapter)
+    return Adapted(with_template(base, chat_template, folder), restore(base.model, adapter), adapter)
+
+
+def load_saved(folder: Path) -> Adapter | SavedMethod:
+    """Read what was trained, whatever its method.
+
+    Raises:
+        AdapterError: Its files are wrong.
+    """
+    return load_adapter(folder) if saved_kind(folder) == "lora" else load_method(folder)
 
 
 def base_of(model: ModelConfig, adapter: Adapter | SavedMethod, folder: Path) -> ModelConfig:
@@ -121,7 +130,7 @@ def _load_its_base(model: ModelConfig, *, named: bool, folder: Path) -> Base:
         ) from error
 
 
-def _with_template(base: Base, chat_template: str | None, folder: Path | None) -> Base:
+def with_template(base: Base, chat_template: str | None, folder: Path | None) -> Base:
     """Give the tokenizer the template of the file that is named, else the one that travels with the adapter."""
     path = None
     if chat_template is not None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lorafleet.config.lora import LoraConfig
 from lorafleet.errors import AdapterError, RoutingError, raise_all
-from lorafleet.lora.init import STARTS, Fresh, generator_for, path_key
+from lorafleet.lora.init import STARTS, Fresh, generator_for, lookup, path_key
 from lorafleet.lora.layer import LoraLinear
 from lorafleet.lora.packed import mapped_files, page_out
 from lorafleet.lora.routing import Router, Routing
@@ -165,7 +165,8 @@ class LoraBank:
         scaling = config.scaling(rank, pattern_value(config.alpha_pattern, path, config.lora_alpha))
         start = layer.fill(slot, rank, scaling, config.lora_dropout)
         fresh = Fresh(*start, layer.oriented_weight, scaling, generator_for(seed, path))
-        STARTS[config.init_lora_weights](fresh)
+        start_layer = lookup if layer.embeds and not config.takes_off_start else STARTS[config.init_lora_weights]
+        start_layer(fresh)
         if config.takes_off_start:
             layer.take_off_start(slot)
         if config.use_dora:
@@ -217,8 +218,9 @@ class LoraBank:
         for path, layer in self.layers.items():
             if layer.ranks[slot]:
                 part = (slot, slice(layer.trained_ranks[slot]))
-                found[f"{path}.lora_A"] = SlotParameter(layer.lora_A, part)
-                found[f"{path}.lora_B"] = SlotParameter(layer.lora_B, part)
+                name_A, name_B = (name.removesuffix(".weight") for name in _names(layer))
+                found[f"{path}.{name_A}"] = SlotParameter(layer.lora_A, part)
+                found[f"{path}.{name_B}"] = SlotParameter(layer.lora_B, part)
             if layer.lora_magnitude is not None and layer.learns_magnitude[slot]:
                 found[f"{path}.lora_magnitude"] = SlotParameter(layer.lora_magnitude, (slot,))
             if layer.lora_bias is not None and layer.trains_bias[slot]:
@@ -239,8 +241,9 @@ class LoraBank:
         for path, layer in self.layers.items():
             rank = layer.ranks[slot]
             if rank:
-                found[f"{PREFIX}{path}.lora_A.weight"] = (layer.lora_A.detach()[slot, :rank], None)
-                found[f"{PREFIX}{path}.lora_B.weight"] = (layer.lora_B.detach()[slot, :rank].T, None)
+                name_A, name_B = _names(layer)
+                found[f"{PREFIX}{path}.{name_A}"] = (layer.lora_A.detach()[slot, :rank], None)
+                found[f"{PREFIX}{path}.{name_B}"] = (layer.lora_B.detach()[slot, :rank].T, None)
             if layer.lora_magnitude is not None and layer.learns_magnitude[slot]:
                 found[f"{PREFIX}{path}.lora_magnitude_vector"] = (layer.lora_magnitude.detach()[slot], None)
             if layer.lora_bias is not None and layer.trains_bias[slot]:
@@ -270,7 +273,21 @@ class LoraBank:
             AdapterError: Tensors are missing, surplus or of the wrong shape; the message lists all of them.
         """
         views = self._file_tensors(slot)
-        faults = shape_faults({name: view for name, (view, _) in views.items()}, tensors)
+        # PEFT writes the base's own tensors beside the A and B of an embedding or of the output head.
+        own = {
+            f"{PREFIX}{path}.base_layer.{name}": tensor
+            for path, layer in self.layers.items()
+            for name, tensor in (("weight", layer.weight), ("bias", layer.bias))
+            if tensor is not None
+        }
+        brought = {name: tensor for name, tensor in tensors.items() if name in own and name not in views}
+        faults = [
+            f"{name} differs from the base's, which the adapter needs as it was: name the base it was trained on"
+            for name, tensor in brought.items()
+            if not _equal(own[name], tensor)
+        ]
+        rest = {name: tensor for name, tensor in tensors.items() if name not in brought}
+        faults += shape_faults({name: view for name, (view, _) in views.items()}, rest)
         raise_all(AdapterError, faults, "the adapter does not fit this model")
         for name, (view, base) in views.items():
             value = tensors[name].to(device=view.device, dtype=view.dtype)
@@ -342,7 +359,7 @@ class LoraBank:
             run: Runs the model once on a few tokens, to see which layers read the same tensor.
         """
         with torch.no_grad(), self.disabled():
-            share_inputs(list(self.layers.values()), run)
+            share_inputs([layer for layer in self.layers.values() if not layer.embeds], run)
         files = mapped_files()
         for layer in self.layers.values():
             layer.pack()
@@ -381,3 +398,16 @@ class LoraBank:
         for layer in self.layers.values():
             layer.unmerge()
         self.router.merged_slot = None
+
+
+def _names(layer: LoraLinear) -> tuple[str, str]:
+    """What PEFT calls a layer's A and B."""
+    return ("lora_embedding_A", "lora_embedding_B") if layer.embeds else ("lora_A.weight", "lora_B.weight")
+
+
+def _equal(weight: Tensor, tensor: Tensor) -> bool:
+    """Whether a tensor is what the base has, in the precision of one of them."""
+    if weight.shape != tensor.shape or weight.is_meta:
+        return weight.shape == tensor.shape
+    weight = weight.cpu()
+    return torch.equal(weight.to(tensor.dtype), tensor) or torch.equal(weight, tensor.to(weight.dtype))

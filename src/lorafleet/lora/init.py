@@ -50,6 +50,15 @@ def gaussian(fresh: Fresh) -> None:
     fresh.lora_A.copy_(start.normal_(0, 1 / len(start), generator=fresh.generator))
 
 
+def lookup(fresh: Fresh) -> None:
+    """For an embedding, as in PEFT: A zeros, so that rows of tokens that never come stay as they are; B normal.
+
+    Bᵀ is what is random, and ΔW starts at zero all the same.
+    """
+    start = torch.empty(fresh.lora_B.shape, dtype=torch.float32)
+    fresh.lora_B.copy_(start.normal_(generator=fresh.generator))
+
+
 def pissa(fresh: Fresh) -> None:
     """The r largest singular values and vectors of W0: ``s·B·A`` is W0's best approximation of rank r.
 
@@ -81,5 +90,6 @@ STARTS: dict[str, Callable[[Fresh], None]] = {
 }
 """Starts by the value of ``init_lora_weights``.
 
-B starts at zero, or a frozen copy of the start is taken off (``LoraConfig.takes_off_start``): ΔW starts at zero.
+B (of an embedding A, see :func:`lookup`) starts at zero, or a frozen copy of the start is taken off
+(``LoraConfig.takes_off_start``): ΔW starts at zero.
 """

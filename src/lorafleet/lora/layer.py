@@ -1,4 +1,4 @@
-"""The LoRA layer: one frozen linear map and the A and B of every slot."""
+"""The LoRA layer: one frozen linear map, or a table of embeddings, and the A and B of every slot."""
 
 from collections.abc import Callable, Sequence
 from typing import cast
@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorafleet.errors import AdapterError, ModelError
 from lorafleet.lora.dora import rescale, row_norms
+from lorafleet.lora.embedding import add_lookups
 from lorafleet.lora.functional import lora_linears
 from lorafleet.lora.packed import PackedWeight, pack
 from lorafleet.lora.routing import Router, Segment
@@ -16,9 +17,13 @@ from lorafleet.lora.segments import LinearTensors, LoraSegment
 
 
 def linear_shape(layer: nn.Module) -> tuple[int, int]:
-    """``(in, out)`` of an ``nn.Linear`` or a GPT-2 ``Conv1D``, whose weight is stored transposed."""
+    """``(in, out)`` of a layer that LoRA adapts; an embedding takes in as many features as it has rows."""
     rows, columns = cast(Tensor, layer.weight).shape
-    return (rows, columns) if isinstance(layer, Conv1D) else (columns, rows)
+    return (rows, columns) if _stored_transposed(layer) else (columns, rows)
+
+
+def _stored_transposed(layer: nn.Module) -> bool:
+    return isinstance(layer, Conv1D | nn.Embedding)
 
 
 def mix_key(key: int, index: int) -> int:
@@ -37,7 +42,7 @@ class LoraLinear(nn.Module):
     """A frozen linear layer with ``K`` slots: ``y = W0·x + scaling_k · B_k·A_k·x`` for the tokens of slot k.
 
     Args:
-        base_layer: ``nn.Linear`` or GPT-2's ``Conv1D``; kept as it is and frozen.
+        base_layer: ``nn.Linear``, GPT-2's ``Conv1D``, or ``nn.Embedding``; kept as it is and frozen.
         num_slots: Number of slots K.
         r: Largest rank; ``lora_A`` is ``(K, r, in)``; ``lora_B`` is Bᵀ, ``(K, r, out)``, as the products read it.
             Smaller ranks are zero-padded.
@@ -60,8 +65,8 @@ class LoraLinear(nn.Module):
         weight = getattr(base_layer, "weight", None)
         if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
             raise ModelError(
-                f"{type(base_layer).__name__} has no plain floating-point weight matrix; LoraLinear takes nn.Linear "
-                "and Conv1D, so load the base unquantized"
+                f"{type(base_layer).__name__} has no plain floating-point weight matrix; LoraLinear takes "
+                "nn.Linear, Conv1D and nn.Embedding, so load the base unquantized"
             )
         self.base_layer = base_layer.requires_grad_(False)
         self.in_features, self.out_features = linear_shape(base_layer)
@@ -90,12 +95,17 @@ class LoraLinear(nn.Module):
     @property
     def oriented_weight(self) -> Tensor:
         """The base's weight as ``(out, in)``, whichever way it is stored."""
-        return self.weight.T if isinstance(self.base_layer, Conv1D) else self.weight
+        return self.weight.T if _stored_transposed(self.base_layer) else self.weight
 
     @property
     def bias(self) -> Tensor | None:
         """The base's bias ``(out,)``, or none."""
-        return cast("Tensor | None", self.base_layer.bias)
+        return cast("Tensor | None", getattr(self.base_layer, "bias", None))
+
+    @property
+    def embeds(self) -> bool:
+        """Whether the layer takes ids instead of features."""
+        return isinstance(self.base_layer, nn.Embedding)
 
     def grow(self, num_slots: int, r: int) -> None:
         """Make room for more slots or a larger rank; what the slots hold is kept, the parameters are new objects."""
@@ -127,7 +137,7 @@ class LoraLinear(nn.Module):
     def fill(self, slot: int, rank: int, scaling: float, dropout: float) -> tuple[Tensor, Tensor]:
         """Give a slot its rank, scale and dropout; return its A ``(r, in)`` and Bᵀ ``(r, out)``, to be started."""
         self.ranks[slot] = self.trained_ranks[slot] = rank
-        self.scalings[slot], self.dropouts[slot] = scaling, dropout
+        self.scalings[slot], self.dropouts[slot] = scaling, 0.0 if self.embeds else dropout
         return self.lora_A.detach()[slot, :rank], self.lora_B.detach()[slot, :rank]
 
     def take_off_start(self, slot: int) -> None:
@@ -221,7 +231,7 @@ class LoraLinear(nn.Module):
 
     def pack(self) -> None:
         """Lay the frozen weight out for faster products, where that is possible; results change by rounding only."""
-        self.packed = pack(self.oriented_weight)
+        self.packed = None if self.embeds else pack(self.oriented_weight)
 
     def merge(self, slot: int) -> None:
         """Fold a slot into the base layer; the original parameters are kept.
@@ -235,7 +245,7 @@ class LoraLinear(nn.Module):
         delta = self.delta(slot)
         # New parameters, so that a weight tied to another module changes here alone.
         self.base_layer.weight = _frozen(
-            self.weight + (delta.T if isinstance(self.base_layer, Conv1D) else delta), self.weight.dtype
+            self.weight + (delta.T if _stored_transposed(self.base_layer) else delta), self.weight.dtype
         )
         if self.bias is not None and self.lora_bias is not None:
             self.base_layer.bias = _frozen(self.bias + self.lora_bias.data[slot], self.bias.dtype)
@@ -243,22 +253,38 @@ class LoraLinear(nn.Module):
     def unmerge(self) -> None:
         """Put the original parameters back."""
         if self.unmerged is not None:
-            for name, parameter in zip(("weight", "bias"), self.unmerged, strict=True):
-                setattr(self.base_layer, name, parameter)
+            self.base_layer.weight = cast(nn.Parameter, self.unmerged[0])
+            if self.bias is not None:
+                self.base_layer.bias = cast(nn.Parameter, self.unmerged[1])
             self.unmerged = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the base and, segment by segment, its slot's update.
 
         Args:
-            x: ``(..., in)``; the leading dimensions flattened are the tokens that the routing counts.
+            x: ``(..., in)``, or ids ``(...)`` for an embedding; the leading dimensions flattened are the tokens that
+                the routing counts.
 
         Raises:
             RoutingError: The routing does not cover the batch.
         """
         if self.router.merged_slot is not None:
             return cast(Tensor, self.base_layer(x))
+        if self.embeds:
+            return self._looked_up(x)
         return self.shared_input(self, x) if self.shared_input else outputs([self], x)[0]
+
+    def _looked_up(self, ids: Tensor) -> Tensor:
+        y: Tensor = self.base_layer(ids)
+        segments = _segments([self], ids.numel())
+        if not segments:
+            return y
+        part = self.tensors(segments, None)
+        # Gemma 3 and others scale what they look up, in their embedding's forward.
+        table = cast(nn.Embedding, self.base_layer)
+        factor = getattr(table, "embed_scale", 1.0)
+        flat = add_lookups(y.flatten(0, -2), ids.flatten(), part, factor, table.padding_idx)
+        return self.stretch(flat, part.segments).view(y.shape)
 
     def active(self, slot: int) -> bool:
         """Whether the slot's adapter changes this layer's output."""
@@ -293,12 +319,18 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device) else None
 
 
+def _segments(layers: Sequence[LoraLinear], tokens: int) -> list[Segment]:
+    """The segments of a batch whose slots change what one of the layers answers."""
+    router = layers[0].router
+    laid = router.segments(tokens) if router.enabled else ()
+    return [s for s in laid if s.slot >= 0 and any(layer.active(s.slot) for layer in layers)]
+
+
 def outputs(layers: Sequence[LoraLinear], x: Tensor) -> list[Tensor]:
     """What layers that read the same ``x (..., in)`` answer, each ``(..., out)``."""
-    router, features = layers[0].router, layers[0].in_features
+    features = layers[0].in_features
     tokens = x.numel() // features
-    laid = router.segments(tokens) if router.enabled else ()
-    segments = [s for s in laid if s.slot >= 0 and any(layer.active(s.slot) for layer in layers)]
+    segments = _segments(layers, tokens)
     if not segments and any(layer.packed is None for layer in layers):
         return [layer.base_layer(x) for layer in layers]
     lower = autocast_dtype(x)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import cast
 
 from torch import Tensor, nn
@@ -16,6 +17,21 @@ SHORTHANDS = ("all-linear", "attention", "mlp")
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Every ``nn.Linear`` and ``Conv1D`` of a model by its path."""
     return {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+
+
+def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers, and the embedding of the tokens where the model says which it is, by path.
+
+    Other embeddings, as of positions, are looked up once for a whole batch: no routing tells whose rows they are.
+    """
+    get, table = getattr(model, "get_input_embeddings", None), None
+    with suppress(NotImplementedError):  # a model without any
+        table = get() if callable(get) else None
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) or (isinstance(module, nn.Embedding) and module is table)
+    }
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
@@ -67,7 +83,7 @@ def _wanted(config: LoraConfig) -> list[str]:
 def _select(name: str, candidates: dict[str, nn.Module], head: nn.Module | None) -> set[str]:
     if name not in SHORTHANDS:
         return {path for path in candidates if matches(name, path)}
-    body = {path for path, module in candidates.items() if module is not head}
+    body = {path for path, one in candidates.items() if one is not head and not isinstance(one, nn.Embedding)}
     if name == "all-linear":
         return body
     return {path for path in body if in_attention(path) == (name == "attention")}
@@ -80,10 +96,11 @@ def _suffixes(paths: dict[str, nn.Module]) -> list[str]:
 def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
     """Find the layers that ``config`` adapts, in the model's order.
 
-    ``all-linear`` leaves the output head out, as PEFT does. Works on the meta device.
+    ``all-linear`` leaves the output head out, as PEFT does; the embedding of the tokens is adapted where its name, or a
+    regex, asks for it. Works on the meta device.
 
     Args:
-        model: Any model; layers are found by type, ``nn.Linear`` or GPT-2's ``Conv1D``.
+        model: Any model; layers are found by type, ``nn.Linear`` or GPT-2's ``Conv1D``, and the embedding by the model.
         config: Its ``target_modules``, ``exclude_modules``, ``layers_to_transform`` and ``modules_to_save`` decide.
 
     Returns:
@@ -95,7 +112,7 @@ def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
     """
     if any(type(module).__name__ == "LoraLinear" for module in model.modules()):
         raise AdapterError("this model carries a lorafleet bank already; use bank.add instead of injecting twice")
-    candidates = linear_layers(model)
+    candidates = adaptable_layers(model)
     head = output_head(model)
     suffixes = _suffixes(candidates)
     faults, chosen = [], set[str]()
@@ -104,7 +121,7 @@ def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
         if not found:
             faults.append(
                 f"target_modules: {name!r} matches no linear layer of {type(model).__name__}"
-                f"{did_you_mean(name, [*suffixes, *SHORTHANDS])}; its linear layers are {', '.join(suffixes) or 'none'}"
+                f"{did_you_mean(name, [*suffixes, *SHORTHANDS])}; it could be {', '.join(suffixes) or 'nothing'}"
             )
         chosen |= found
     for name in config.exclude_modules:
@@ -152,7 +169,7 @@ def without_absent(model: nn.Module, config: LoraConfig) -> LoraConfig:
     A name that a user gives has to match, or it is a slip; a file's may have been written for a family of models. If
     no name matches at all, they stay, for :func:`find_targets` to refuse.
     """
-    candidates, head = linear_layers(model), output_head(model)
+    candidates, head = adaptable_layers(model), output_head(model)
     targets = [name for name in _wanted(config) if _select(name, candidates, head)]
     return config.model_copy(update={"target_modules": targets}) if targets else config
 

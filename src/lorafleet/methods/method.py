@@ -144,6 +144,8 @@ def _find(spec: MethodSpec, lora: LoraConfig, training: TrainingConfig) -> Metho
     given = training.model_dump(exclude_unset=True)
     if "learning_rate" not in given and kind in RATES:
         given["learning_rate"] = RATES[kind]
+    if kind != "lora":
+        given.pop("loraplus_lr_ratio", None)  # of A and B, which no other method has
     training_names = known_names((TrainingConfig,))
     of_training = {key: value for key, value in spec.options.items() if key in training_names}
     others = {key: value for key, value in spec.options.items() if key not in training_names}

@@ -12,7 +12,7 @@ from lorafleet.config.lora import LoraConfig
 from lorafleet.config.training import TrainingConfig
 from lorafleet.errors import ConfigError, faults_of
 from lorafleet.lora.layer import linear_shape
-from lorafleet.lora.targets import find_targets, linear_layers, pattern_value
+from lorafleet.lora.targets import adaptable_layers, find_targets, pattern_value
 from lorafleet.search.space import SECTIONS, Space
 
 SHAPE = ("r", "rank_pattern", "target_modules", "exclude_modules", "layers_to_transform", "modules_to_save")
@@ -48,7 +48,7 @@ def _faults(model: nn.Module, config: LoraConfig) -> Iterator[str]:
         targets = find_targets(model, config)
     except ConfigError as error:
         yield from faults_of(error)
-        targets = linear_layers(model)  # the rank is checked against those that are there
+        targets = adaptable_layers(model)  # the rank is checked against those that are there
     for path, layer in targets.items():
         rank, largest = int(pattern_value(config.rank_pattern, path, config.r)), min(linear_shape(layer))
         if rank > largest:

@@ -21,6 +21,8 @@ from lorafleet.evaluation.metrics import ANSWERS
 from lorafleet.evaluation.token_loss import LossModel
 from lorafleet.generation.latency import relative_latency
 from lorafleet.lora import LoraBank
+from lorafleet.lora.layer import linear_shape
+from lorafleet.lora.targets import pattern_value
 from lorafleet.models.load import Base
 from lorafleet.search.fit import configure, shapes
 from lorafleet.search.halving import rung_shares
@@ -206,7 +208,7 @@ class Worker:
         compared = 1 if sampler != "grid" else round(1 / min((*self.budget.shares, 1.0))) * self.search.seeds_per_trial
         wanted = min(runs, math.ceil(compared / self.search.workers))
         rows = self.data.splits["train"]
-        largest = max(self.shapes, key=lambda lora: lora.r)
+        largest = max(self.shapes, key=self._numbers)
         size = max(training.per_device_train_batch_size for training in self._trainings())
         longest = [rows[int(i)] for i in rows.lengths.argsort()[-size:]]
         slots = [self.bank.add(largest, slot=slot) for slot in range(2)]
@@ -216,6 +218,14 @@ class Worker:
         for slot in slots:
             self.bank.remove(slot)
         return min(fitting, runs), together
+
+    def _numbers(self, lora: LoraConfig) -> int:
+        """How many an adapter of this shape has."""
+        plain = lora.as_plain()
+        return sum(
+            int(pattern_value(plain.rank_pattern, path, plain.r)) * sum(linear_shape(layer))
+            for path, layer in self.bank.find_targets(lora).items()
+        )
 
     def _trainings(self) -> list[TrainingConfig]:
         """The training knobs at every end of the space."""

@@ -85,7 +85,8 @@ class Member:
         self.parameters = bank.slot_parameters(slot)
         self.views = [parameter.value for parameter in self.parameters.values()]
         # One optimizer an adapter, over views of the stacked tensors: nothing that a neighbour could leak into.
-        # LoRA+ (Hayou et al. 2024, arXiv 2402.12354): B learns faster than A; as in PEFT, so does what is no matrix.
+        # LoRA+ (Hayou et al. 2024, arXiv 2402.12354): B learns faster than A; as in PEFT, so does what is no matrix. An
+        # embedding's B does not: of its two it is A that starts at zero.
         fast = [name.endswith("lora_B") or one.value.ndim == 1 for name, one in self.parameters.items()]
         self.optimizer = AdamW(self.views, config, [config.loraplus_lr_ratio if one else 1.0 for one in fast])
         self.best: list[Tensor] | None = None

@@ -46,6 +46,7 @@ class TrainResult:
         metrics: The adapter's.
         total_parameters: Parameters of the base.
         trainable_parameters: Parameters that were trained.
+        optimizer_bytes: Of AdamW's two moments.
         tokens_per_second: Tokens processed over the time spent in training steps.
         peak_memory_bytes: Most memory that the process has held.
         seconds: Wall time of this call.
@@ -66,6 +67,7 @@ class TrainResult:
     metrics: dict[str, float]
     total_parameters: int
     trainable_parameters: int
+    optimizer_bytes: int
     tokens_per_second: float
     peak_memory_bytes: int
     seconds: float
@@ -180,6 +182,7 @@ def _result(
         metrics=after,
         total_parameters=sum(p.numel() for p in base.model.parameters()) - adapted,
         trainable_parameters=trainable,
+        optimizer_bytes=2 * sum(view.nbytes for view in member.views),
         tokens_per_second=progress.tokens / progress.seconds if progress.seconds else 0.0,
         peak_memory_bytes=peak_memory_bytes(base.device),
         seconds=time.perf_counter() - started,

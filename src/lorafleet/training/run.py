@@ -113,10 +113,9 @@ def one_method(config: MethodConfig, lora: LoraConfig, training: TrainingConfig)
     if len(specs) > 1:
         raise ConfigError(f"method = {config.method!r} names {len(specs)} methods; a run trains one")
     (method,) = find_methods(specs, lora, training)
-    if method.kind != "lora" and lora.model_fields_set:
-        raise ConfigError(
-            f"method {method.name} has no knobs of lora; given are {', '.join(sorted(lora.model_fields_set))}"
-        )
+    given = lora.model_fields_set | ({"loraplus_lr_ratio"} if training.loraplus_lr_ratio != 1 else set())
+    if method.kind != "lora" and given:
+        raise ConfigError(f"method {method.name} has no knobs of lora; given are {', '.join(sorted(given))}")
     return method
 
 
