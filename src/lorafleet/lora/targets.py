@@ -24,13 +24,13 @@ def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
 
     Other embeddings, as of positions, are looked up once for a whole batch: no routing tells whose rows they are.
     """
-    get, table = getattr(model, "get_input_embeddings", None), None
+    get, tables = getattr(model, "get_input_embeddings", None), list[nn.Module]()
     with suppress(NotImplementedError):  # a model without any
-        table = get() if callable(get) else None
+        tables = [get()] if callable(get) else []
     return {
         path: module
         for path, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) or (isinstance(module, nn.Embedding) and module is table)
+        if isinstance(module, nn.Linear | Conv1D) or (isinstance(module, nn.Embedding) and module in tables)
     }
 
 
