@@ -59,13 +59,15 @@ NAMES = ["centre", *(f"{knob} {value}" for knob, values in MOVES.items() for val
 def main(sets: tuple[str, ...], output: Path, **options: Any) -> None:
     """Parse, measure, print; sets that are in the file already stay."""
     report = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {"sets": {}}
-    report |= {"machine": machine_facts(), "settings": options, "names": NAMES}
+    report["names"] = NAMES
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
         for data in sets:
             with tempfile.TemporaryDirectory(prefix="lorafleet-benchmark-") as folder:
-                report["sets"][Path(data).name] = _losses(data, Path(folder), **options)
-            report["finished"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+                losses = _losses(data, Path(folder), **options)
+            finished = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+            made_by = {"machine": machine_facts(), "settings": options, "finished": finished}
+            report["sets"][Path(data).name] = {"losses": losses, **made_by}
             write_json(output, report)
             click.echo(f"{data}: done", err=True)
     except LorafleetError as error:
@@ -94,17 +96,18 @@ def _losses(
 
 def table(report: dict[str, Any]) -> Table:
     """Each setting's loss less the centre's, by set; the spread of the centre's seeds beneath."""
+    sets = {name: one["losses"] for name, one in report["sets"].items()}
     shown = Table(title="held-out loss less the centre's (below 0 is better); the centre's own loss on top")
     shown.add_column("setting")
-    for name in report["sets"]:
+    for name in sets:
         shown.add_column(name, justify="right")
     shown.add_column("mean", justify="right")
-    centres = {name: _mean(losses[0]) for name, losses in report["sets"].items()}
+    centres = {name: _mean(losses[0]) for name, losses in sets.items()}
     shown.add_row("centre", *(f"{centre:.4f}" for centre in centres.values()), "")
     for number, setting in enumerate(report["names"][1:], start=1):
-        differences = [_mean(losses[number]) - centres[name] for name, losses in report["sets"].items()]
+        differences = [_mean(losses[number]) - centres[name] for name, losses in sets.items()]
         shown.add_row(setting, *(f"{one:+.4f}" for one in differences), f"{fmean(differences):+.4f}")
-    spreads = [max(one[0]) - min(one[0]) for one in report["sets"].values()]
+    spreads = [max(one[0]) - min(one[0]) for one in sets.values()]
     shown.add_row("spread of seeds", *(f"{one:.4f}" for one in spreads), f"{fmean(spreads):.4f}")
     return shown
 

@@ -21,6 +21,7 @@ FACTS = Facts(
     model="some/model",
     architecture="llama",
     parameters=135_000_000,
+    base_bytes=540_000_000,
     parameters_per_rank=300_000,
     hidden_size=576,
     context=2048,
@@ -69,6 +70,7 @@ def test_rank_epochs_and_batch_follow_the_rows() -> None:
 
 def test_goals_differ() -> None:
     assert chosen("memory")["per_device_train_batch_size"] * chosen("memory")["gradient_accumulation_steps"] == 8
+    assert chosen("memory")["gradient_checkpointing"] and "gradient_checkpointing" not in chosen()
     assert chosen("speed")["num_train_epochs"] < chosen()["num_train_epochs"]
     assert {chosen(goal)["r"] for goal in ("memory", "edge", "many_tasks")} == {4}
 
@@ -78,6 +80,13 @@ def test_what_is_given_stays() -> None:
     found = chosen(given=given)
     assert not {"r", "learning_rate", "max_steps", "num_train_epochs"} & set(found)
     assert found["lora_alpha"] == 6
+    assert chosen(given={"use_rslora": True, "r": 16})["lora_alpha"] == 8  # a scale of 2 there, too
+    assert not {"eval_strategy", "eval_steps", "early_stopping_patience"} & set(chosen(given={"eval_strategy": "no"}))
+    assert (
+        "early_stopping_patience" in (epoch := chosen(given={"eval_strategy": "epoch"})) and "eval_steps" not in epoch
+    )
+    large = chosen("memory", given={"per_device_train_batch_size": 32})
+    assert "gradient_accumulation_steps" not in large
 
 
 def test_cautions_name_what_goes_wrong() -> None:
@@ -87,20 +96,28 @@ def test_cautions_name_what_goes_wrong() -> None:
     assert "few" in told(rows=20) and "few" not in told()
     assert "90% of the rows have one label" in told(labels={"a": 90, "b": 10})
     assert "1 labels have fewer than 5 rows" in told(labels={"a": 9, "b": 2})
-    assert "no rows are held out" in told(held_out=0) and "30 held-out rows" in told(held_out=30)
+    assert "30 held-out rows" in told(held_out=30) and "held-out" not in told(held_out=0)
+    assert "the base alone takes 16.0 GB, and 8.6 GB are free (cpu)" in told(base_bytes=16_000_000_000)
+    assert "up to 3000 tokens, the model takes 2048" in told(longest=3000) and "the model takes" not in told()
     assert "50% of the rows share their prompt" in told(repeated_prompts=0.5)
-    assert "llama.cpp" in told() and "cut" in told(warnings=("2 rows were cut",))
+    assert "llama.cpp" in told() and told(warnings=("2 rows were cut",)).startswith("2 rows were cut\n")
 
 
 def test_the_advice_trains(place: Path, tmp_path: Path) -> None:
     arguments = ["advise", "--model", str(place / "base"), "--data", str(place / "rows.jsonl"), "--device", "cpu"]
-    shown = CliRunner().invoke(app, [*arguments, "--max-steps", "2", "--valid-fraction", "0.2"])
+    shown = CliRunner().invoke(app, [*arguments, "--max-steps", "20", "--valid-fraction", "0.2"])
     assert shown.exit_code == 0, shown.output
     file = tmp_path / "run.yml"
     file.write_text(shown.stdout, encoding="utf-8")
-    assert shown.stdout.count("  # ") >= 6  # a reason beside each choice
+    assert shown.stdout.count("  # ") >= 9 and "early_stopping_patience: 3" in shown.stdout
     result = lorafleet.train(file, output_dir=str(tmp_path / "out"))
-    assert result.steps == 2 and result.eval_loss is not None
+    assert 10 <= result.steps <= 20 and result.eval_loss is not None
+    # One file serves all the commands that it speaks of.
+    (method,) = lorafleet.estimate(file, methods="lora").methods
+    assert method.trainable_parameters == result.trainable_parameters and method.steps == 20
+    assert lorafleet.advise(file).given["learning_rate"] == lorafleet.advise(file).config["learning_rate"]
+    space = {"space": {"r": [2, 4]}, "max_steps": 2, "pruning": False, "output_dir": str(tmp_path / "search")}
+    assert len(lorafleet.tune(file, **space).trials) == 2
 
 
 def test_the_file_holds_what_python_gets(place: Path, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def test_errors_of_estimates() -> None:
 def test_evidence_is_the_difference_from_the_centre() -> None:
     losses: list[list[float | None]] = [[1.0, 1.1], *([[0.9, 1.0]] * (len(evidence.NAMES) - 1))]
     losses[2] = [None]
-    text = shown(evidence.table({"names": evidence.NAMES, "sets": {"rows": losses}}))
+    text = shown(evidence.table({"names": evidence.NAMES, "sets": {"rows": {"losses": losses}}}))
     assert "1.0500" in text and "-0.1000" in text and "+inf" in text and "0.1000" in text
 
 

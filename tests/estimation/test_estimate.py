@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from transformers import AutoModelForCausalLM
 
 import lorafleet
 from lorafleet.cli.commands import app
@@ -14,17 +16,22 @@ from lorafleet.config.lora import LoraConfig
 from lorafleet.config.method import parse_methods
 from lorafleet.config.model import ModelConfig
 from lorafleet.config.training import TrainingConfig
-from lorafleet.data.batches import Part, collate
+from lorafleet.data.batches import Part, Schedule, collate
 from lorafleet.errors import ConfigError, DataError
-from lorafleet.estimation.memory import base_bytes, file_bytes, trained_bytes
+from lorafleet.estimation.memory import base_bytes, file_bytes, trained_bytes, training_memory
 from lorafleet.estimation.result import Estimate
+from lorafleet.estimation.run import _lay_out
 from lorafleet.estimation.step import step_cost
 from lorafleet.evaluation.token_loss import LossModel
 from lorafleet.methods.method import Method, find_methods
 from lorafleet.models.load import load_base, load_meta_model
+from tests.tiny import tiny_config
 from tests.training.test_resume import make_place
 
-METHODS = "full,lora:r=2,dora:r=2,pissa:r=2,prefix:num_virtual_tokens=2,bottleneck:bottleneck_size=4,ia3"
+METHODS = (
+    "full,lora:r=2,dora:r=2,lora_dropout=0.1,pissa:r=2,prefix:num_virtual_tokens=2,bottleneck:bottleneck_size=4,ia3,"
+    "p_tuning:num_virtual_tokens=2,vera:r=4,lora:r=2,target_modules=embed_tokens"
+)
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +93,80 @@ def test_a_pass_without_values_holds_what_a_real_one_does(place: Path) -> None:
     assert cost.tokens == sum(len(row.input_ids) - 1 for row in batch)
     assert held <= cost.kept_bytes * 1.05
     assert cost.kept_bytes <= held * 1.35  # what no backward pass needs, as inputs, is held too
+
+
+def test_gradients_of_earlier_micro_batches_are_there() -> None:
+    """With accumulation all of them are held while the next pass has all its activations."""
+    model = _bare("llama")
+    slots = methods("full")[0].start(model, 0)
+    once, more = (step_cost(model, slots, [_Row(np.arange(40))], again=again) for again in (False, True))
+    assert once.peak_bytes < more.peak_bytes <= once.peak_bytes + trained_bytes(slots)
+    assert once.flops == more.flops and not any(
+        one.parameter.grad is not None for one in slots.slot_parameters(0).values()
+    )
+
+
+def test_logits_that_a_model_scales_are_held_for_all_tokens() -> None:
+    row = _Row(np.arange(40))
+    row.loss_mask = row.input_ids >= 38
+    plain, scaled = (
+        step_cost(model, methods("lora:r=2")[0].start(model, 0), [row])
+        for model in (_bare("llama"), _bare("granite", logits_scaling=8.0))
+    )
+    one = 39 * 512 * 4
+    assert plain.logits_bytes < one < 2 * one <= scaled.logits_bytes
+
+
+def test_each_token_meets_as_many_experts_as_it_is_given() -> None:
+    own = {"moe_intermediate_size": 16, "head_dim": 8, "num_key_value_heads": 2}
+    costs = []
+    for count in (1, 2):
+        model = _bare("qwen3_moe", num_experts=4, num_experts_per_tok=count, **own)
+        costs.append(step_cost(model, methods("lora:r=2")[0].start(model, 0), [_Row(np.arange(40))]))
+    # Forward, and backward for the input: two passes of 39 tokens through 3 matrices of 32 x 16 in 2 layers.
+    assert costs[1].flops - costs[0].flops == 2 * 2 * 39 * 3 * 32 * 16 * 2
+
+
+def _bare(arch: str, **overrides: Any) -> Any:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(tiny_config(arch, **overrides))
+
+
+def test_the_worst_batch_of_padded_rows_has_the_longest() -> None:
+    lengths = np.array([200] * 8 + [50] * 7 + [1000], dtype=np.int32)
+    training = TrainingConfig(max_steps=4)
+    flat, padded = (_lay_out(training, lengths, padded=padded) for padded in (False, True))
+    assert flat.batches == padded.batches == 4 and flat.mean_tokens == padded.mean_tokens
+    assert 15 in padded.largest and padded.largest_tokens <= flat.largest_tokens
+
+
+def test_all_micro_batches_are_the_schedule_s() -> None:
+    lengths = np.arange(1, 24, dtype=np.int32)
+    training = TrainingConfig(max_steps=7, per_device_train_batch_size=2, gradient_accumulation_steps=5)
+    schedule = Schedule(23, 2, 5, training.seed)
+    batches = [batch for step in range(7) for batch in schedule.window(step)]
+    found = _lay_out(training, lengths, padded=False)
+    assert found.batches == len(batches) and found.mean_tokens == np.mean([lengths[b].sum() for b in batches])
+
+
+def test_weights_that_no_file_holds_stay_beside_their_layouts() -> None:
+    model = _bare("llama")
+    slots = methods("lora:r=2")[0].start(model, 0)
+    cost = step_cost(model, slots, [_Row(np.arange(9))])
+    kept, gone = (
+        training_memory(model, slots, cost, "float32", 0, on_cpu=True, mapped=mapped).weights
+        for mapped in (False, True)
+    )
+    assert kept - gone == sum(layer.weight.nbytes for layer in slots.layers.values())
+
+
+def test_what_cannot_run_without_values_is_told(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def looks(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Cannot copy out of meta tensor\nmore")
+
+    monkeypatch.setattr("lorafleet.estimation.run.step_cost", looks)
+    with pytest.raises(ConfigError, match=r"without values \(RuntimeError: Cannot copy out of meta tensor\)"):
+        lorafleet.estimate(settings(place, methods="lora"))
 
 
 def test_bytes_by_precision() -> None:

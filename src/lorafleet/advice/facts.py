@@ -14,7 +14,7 @@ from lorafleet.errors import DataError
 from lorafleet.lora.layer import linear_shape
 from lorafleet.lora.targets import find_targets
 from lorafleet.models.load import load_meta_model, load_tokenizer
-from lorafleet.models.machine import free_memory_bytes, pick_device
+from lorafleet.models.machine import free_memory_bytes, pick_device, pick_dtype
 from lorafleet.models.source import find_source
 
 
@@ -26,7 +26,8 @@ class Facts:
         model: The base's name.
         architecture: Its ``model_type``.
         parameters: How many it has.
-        parameters_per_rank: Numbers of an adapter of rank 1 on all linear layers.
+        base_bytes: Of these, in the precision they would be held in.
+        parameters_per_rank: Numbers of an adapter of rank 1 on the layers that it would adapt.
         hidden_size: Width of its hidden states.
         context: Longest row it takes, in tokens; none where its config does not say.
         device: Where it would train.
@@ -47,6 +48,7 @@ class Facts:
     model: str
     architecture: str
     parameters: int
+    base_bytes: int
     parameters_per_rank: int
     hidden_size: int
     context: int | None
@@ -65,10 +67,11 @@ class Facts:
     warnings: tuple[str, ...]
 
 
-def gather(model: ModelConfig, data: DataConfig) -> Facts:
+def gather(model: ModelConfig, data: DataConfig, lora: LoraConfig) -> Facts:
     """Find them out.
 
     Raises:
+        ConfigError: The adapter's targets do not fit the model.
         DataError: The rows cannot be read, or there are none to train on.
         ModelError: There is no such model.
     """
@@ -79,11 +82,13 @@ def gather(model: ModelConfig, data: DataConfig) -> Facts:
     bare = load_meta_model(model)
     config = bare.config.get_text_config()  # type: ignore[union-attr, operator]
     rows = found.splits["train"]
+    parameters = sum(one.numel() for one in bare.parameters())
     return Facts(
         model=find_source(model).name,
         architecture=config.model_type,
-        parameters=sum(one.numel() for one in bare.parameters()),
-        parameters_per_rank=sum(map(sum, map(linear_shape, find_targets(bare, LoraConfig()).values()))),
+        parameters=parameters,
+        base_bytes=parameters * pick_dtype(model.dtype, device).itemsize,
+        parameters_per_rank=sum(map(sum, map(linear_shape, find_targets(bare, lora).values()))),
         hidden_size=config.hidden_size,
         context=getattr(config, "max_position_embeddings", None),
         device=device.type,

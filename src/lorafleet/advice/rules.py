@@ -1,16 +1,18 @@
 """Which settings suit which facts. Each rule sets knobs, and says why and who found that out."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from lorafleet.advice.facts import Facts
+from lorafleet.data.batches import Schedule
 
 REGRET = "Schulman et al. 2025, LoRA Without Regret"
-HU = "Hu et al. 2021, arXiv 2106.09685"
+CHEN = "Chen et al. 2016, arXiv 1604.06174"
 MEASURED = "docs/evidence.md"
 PRACTICE = "common practice"
+
+BATCH, ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_steps"
 
 SHORT_RUN = 200
 """Optimizer steps under which a run is short."""
@@ -40,20 +42,21 @@ class Case:
     Attributes:
         facts: The model, the rows, the machine.
         goal: What matters most.
-        chosen: Knobs that are settled: given by the user, or by the rules before.
+        given: Knobs that the user has set.
+        chosen: Knobs that are settled: these, those of the rules before, and defaults.
     """
 
     facts: Facts
     goal: str
+    given: Mapping[str, Any]
     chosen: Mapping[str, Any]
 
     @property
     def steps(self) -> int:
         """Optimizer steps of the run, as far as it is settled."""
-        if self.chosen.get("max_steps"):
-            return int(self.chosen["max_steps"])
-        rows = int(self.chosen["per_device_train_batch_size"]) * int(self.chosen["gradient_accumulation_steps"])
-        return math.ceil(self.facts.rows / rows * float(self.chosen["num_train_epochs"]))
+        batch_size, accumulation = (int(self.chosen[name]) for name in (BATCH, ACCUMULATION))
+        schedule = Schedule(self.facts.rows, batch_size, accumulation, seed=0)
+        return schedule.total_steps(float(self.chosen["num_train_epochs"]), self.chosen.get("max_steps"))
 
 
 def batch(case: Case) -> Iterator[Choice]:
@@ -63,11 +66,11 @@ def batch(case: Case) -> Iterator[Choice]:
         f"{case.facts.rows:,} rows of {case.facts.mean_tokens:.0f} tokens; LoRA loses more than others by large batches"
     )
     at_once = max(1, rows // 4) if case.goal == "memory" else rows
-    yield Choice("per_device_train_batch_size", at_once, why, REGRET)
-    if at_once < rows:
-        yield Choice(
-            "gradient_accumulation_steps", rows // at_once, f"{rows} rows a step, {at_once} at a time: less memory", HU
-        )
+    yield Choice(BATCH, at_once, why, REGRET)
+    if at_once < rows and BATCH not in case.given:
+        yield Choice(ACCUMULATION, rows // at_once, f"{rows} rows a step, {at_once} at a time: less memory", PRACTICE)
+    if case.goal == "memory":
+        yield Choice("gradient_checkpointing", True, "activations are computed again instead of kept: slower", CHEN)
 
 
 def epochs(case: Case) -> Iterator[Choice]:
@@ -83,10 +86,12 @@ def epochs(case: Case) -> Iterator[Choice]:
 
 def stopping(case: Case) -> Iterator[Choice]:
     """When to evaluate, and when to stop for nothing is gained."""
-    if case.facts.held_out and case.steps >= 20:
-        every = max(5, case.steps // 10)
-        yield Choice("eval_strategy", "steps", "ten looks at the held-out loss find its lowest point", PRACTICE)
-        yield Choice("eval_steps", every, f"a tenth of {case.steps:,} steps", PRACTICE)
+    asked = case.given.get("eval_strategy", "steps")
+    if case.facts.held_out and case.steps >= 20 and asked != "no":
+        if asked == "steps":
+            every = max(5, case.steps // 10)
+            yield Choice("eval_strategy", "steps", "several looks at the held-out loss find its lowest point", PRACTICE)
+            yield Choice("eval_steps", every, f"of {case.steps:,} steps", PRACTICE)
         yield Choice("early_stopping_patience", 3, "three looks without gain: what follows is overfitting", PRACTICE)
 
 
@@ -117,8 +122,10 @@ def rank(case: Case) -> Iterator[Choice]:
 
 
 def scale(case: Case) -> Iterator[Choice]:
-    """Alpha: twice the rank, at which the learning rate was chosen."""
-    yield Choice("lora_alpha", 2 * int(case.chosen["r"]), "a scale of 2, whatever the rank", PRACTICE)
+    """Alpha: for a scale of 2, at which the learning rate was chosen."""
+    r = int(case.chosen["r"])
+    alpha = round(2 * r**0.5, 2) if case.chosen["use_rslora"] else 2 * r
+    yield Choice("lora_alpha", alpha, "a scale of 2, whatever the rank", PRACTICE)
 
 
 def targets(case: Case) -> Iterator[Choice]:
@@ -129,7 +136,7 @@ def targets(case: Case) -> Iterator[Choice]:
 def length(case: Case) -> Iterator[Choice]:
     """Longer rows where rows were cut; a bound where all are short."""
     facts, now = case.facts, int(case.chosen["max_length"])
-    if facts.truncated and (facts.context or now) > now:
+    if facts.truncated and (facts.context is None or facts.context > now):
         why = f"{facts.truncated:,} rows were cut at {now}"
         yield Choice("max_length", min(2 * now, facts.context or 2 * now), why, PRACTICE)
 
@@ -165,7 +172,7 @@ def decide(facts: Facts, goal: str, given: Mapping[str, Any], defaults: Mapping[
     """
     chosen, choices = {**defaults, **given}, []
     for rule in RULES:
-        for choice in rule(Case(facts, goal, chosen)):
+        for choice in rule(Case(facts, goal, given, chosen)):
             if choice.knob not in given:
                 chosen[choice.knob] = choice.value
                 choices.append(choice)

@@ -73,18 +73,19 @@ def advise(config: Mapping[str, Any] | str | Path | None = None, /, **knobs: Any
         knobs: Knobs by name; they override ``config``.
 
     Raises:
-        ConfigError: Knobs are wrong.
+        ConfigError: Knobs are wrong, or do not fit the model.
         DataError: The rows cannot be read, or there are none to train on.
         ModelError: There is no such model.
     """
     model, data, lora, training, validation, own = load_sections(SECTIONS, config, knobs)
-    facts = gather(model, data)
+    facts = gather(model, data, lora)
     given: dict[str, Any] = {}
     defaults: dict[str, Any] = {}
     for section in (model, data, lora, training, validation):
         given |= section.model_dump(mode="json", exclude_unset=True)
         defaults |= section.model_dump(mode="json")
-    name = Path(data.data).name.removesuffix(Path(data.data).suffix).replace(":", "-")
+    path = Path(data.data).resolve()  # of a folder named by dots, too
+    name = path.name.removesuffix(path.suffix).replace(":", "-")
     return Advice(
         goal=own.goal,
         facts=facts,

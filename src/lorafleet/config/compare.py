@@ -3,6 +3,8 @@
 from pydantic import field_validator
 
 from lorafleet.config.knob import Section, knob
+from lorafleet.config.method import MethodConfig
+from lorafleet.config.training import RunConfig, ValidationConfig
 
 
 class MethodsConfig(Section):
@@ -40,4 +42,5 @@ class CompareConfig(Section):
 class EstimateConfig(Section):
     """What is worked out besides training."""
 
+    beside = (MethodConfig, ValidationConfig, RunConfig)
     tasks: int = knob(100, "Tasks or users that are to have an adapter, or a model, of their own.", ge=1)

@@ -1,15 +1,20 @@
 """How a knob is declared: a typed pydantic field with its unit, its reason and its other names."""
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 
 
 class Section(BaseModel):
-    """A group of knobs. Unknown keys are errors; a section never changes after it was made."""
+    """A group of knobs. Unknown keys are errors; a section never changes after it was made.
+
+    Attributes:
+        beside: Sections whose knobs may stand in the same file and mean nothing here: one file serves several commands.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    beside: ClassVar[tuple[type["Section"], ...]] = ()
 
 
 Switches = Mapping[str, tuple[Any, Any]]

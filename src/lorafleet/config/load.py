@@ -73,7 +73,8 @@ def load_sections(sections: tuple[type[Section], ...], source: Source, knobs: Ma
     """Read knobs from a file or mapping, let ``knobs`` override them, and validate everything once.
 
     Keys are flat: all sections share one mapping. A knob is accepted under its own name and its other names, with
-    dashes or underscores. A key that two sections share goes to both.
+    dashes or underscores. A key that two sections share goes to both; one of a section that only stands beside them
+    (``Section.beside``) goes to none.
 
     Args:
         sections: The sections to fill, in the order in which they are returned.
@@ -88,8 +89,9 @@ def load_sections(sections: tuple[type[Section], ...], source: Source, knobs: Ma
             wrong types and limits, missing required knobs.
     """
     faults: list[str] = []
-    keys = known_names(sections)
-    meanings = {name: values for s in sections for key in s.model_fields for name, values in switches(s, key).items()}
+    known = (*(other for section in sections for other in section.beside), *sections)
+    keys = known_names(known)
+    meanings = {name: values for s in known for key in s.model_fields for name, values in switches(s, key).items()}
     given = _resolve(_read_source(source), keys, meanings, faults)
     given |= _resolve([Entry(name, value, "") for name, value in knobs.items()], keys, meanings, faults)
     filled = [_fill(section, given, faults) for section in sections]

@@ -5,12 +5,14 @@ from typing import Any, Literal
 from pydantic import field_validator, model_validator
 
 from lorafleet.config.knob import Section, knob
+from lorafleet.config.training import ValidationConfig
 from lorafleet.config.yaml_text import parse_scalar
 
 
 class SearchConfig(Section):
     """What is searched, how, and what counts as better."""
 
+    beside = (ValidationConfig,)
     space: str | dict[str, Any] = knob(
         "recommended",
         "What to try: recommended, classic (r × alpha), wide, or a mapping of knobs to values: [1e-4, 3e-4], "

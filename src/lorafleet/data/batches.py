@@ -58,10 +58,17 @@ class Schedule:
     def window(self, step: int) -> list[list[int]]:
         """Row numbers of each micro-batch of one optimizer step, counted from 0."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        order = np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(self.rows)
         size = self.batch_size * self.accumulation
-        chosen = order[position * size : (position + 1) * size].tolist()
+        chosen = self._order(epoch)[position * size : (position + 1) * size].tolist()
         return [chosen[i : i + self.batch_size] for i in range(0, len(chosen), self.batch_size)]
+
+    def micro_batches(self, epoch: int) -> list[list[int]]:
+        """Row numbers of all micro-batches of an epoch, counted from 0: its windows, one behind another."""
+        order = self._order(epoch).tolist()
+        return [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        return np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(self.rows)
 
 
 @dataclass(frozen=True)

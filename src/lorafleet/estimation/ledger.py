@@ -111,6 +111,10 @@ _ATTENTION: dict[Any, Callable[..., int]] = {
 }
 
 
+_GROUPED = [one for one in (getattr(nn.functional, "grouped_mm", None), getattr(torch, "_grouped_mm", None)) if one]
+"""Products of experts, for which the meta device wants bfloat16."""
+
+
 class NoValues(TorchFunctionMode):
     """Lets models that look at values run without any: nothing is true, and attention is a flash kernel's.
 
@@ -125,6 +129,10 @@ class NoValues(TorchFunctionMode):
         kwargs = kwargs or {}
         if function is Tensor.__bool__ and args[0].is_meta:
             return False
+        if function is Tensor.cpu and args[0].is_meta:
+            return args[0]
+        if function in _GROUPED and args[0].is_meta:  # each row meets one of the matrices, whichever
+            return args[0] @ args[1][0]
         if function is nn.functional.scaled_dot_product_attention and args[0].is_meta:
             return _flash_attention(*args, **kwargs)
         return function(*args, **kwargs)

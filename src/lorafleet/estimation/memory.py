@@ -1,12 +1,13 @@
 """Where the bytes go: of training, by part and by the base's precision; of answering; on disk."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
+from lorafleet.estimation.ledger import NoValues
 from lorafleet.estimation.step import StepCost
 from lorafleet.lora import LoraBank, Slots
 from lorafleet.lora.targets import linear_layers, output_head
@@ -62,7 +63,14 @@ class TrainingMemory:
 
 
 def training_memory(
-    model: PreTrainedModel, slots: Slots, cost: StepCost, precision: Precision, program: int, *, on_cpu: bool
+    model: PreTrainedModel,
+    slots: Slots,
+    cost: StepCost,
+    precision: Precision,
+    program: int,
+    *,
+    on_cpu: bool,
+    mapped: bool = False,
 ) -> TrainingMemory:
     """Put together what training takes.
 
@@ -73,11 +81,12 @@ def training_memory(
         precision: How the base is held.
         program: Bytes of the process without a model; on a GPU, of CUDA and its libraries.
         on_cpu: On a CPU, frozen float32 weights are laid out for both directions of their products.
+        mapped: Whether the weights are mapped from a file, so that the originals leave memory.
     """
     trained = trained_bytes(slots)
     weights = base_bytes(model, slots, precision) + trained
     if on_cpu and precision == "float32":
-        weights += _layout_bytes(model, slots)
+        weights += _layout_bytes(model, slots, mapped)
     inside = cost.peak_bytes - trained  # at the end of the backward pass all gradients are there
     logits = min(cost.logits_bytes, inside)
     activations = inside - logits
@@ -110,14 +119,15 @@ def _quantized(model: nn.Module) -> set[int]:
     return {id(layer.weight) for layer in linear_layers(model).values() if layer is not head}
 
 
-def _layout_bytes(model: PreTrainedModel, slots: Slots) -> int:
-    """Two copies of each weight that is laid out; the originals of LoRA's layers are let out of memory."""
+def _layout_bytes(model: PreTrainedModel, slots: Slots, mapped: bool) -> int:
+    """Two copies of each weight that is laid out; those of LoRA's layers that a file has are let out of memory."""
     head = model.get_output_embeddings()
     count = 0
     if isinstance(head, nn.Linear) and not head.weight.requires_grad:
         count += 2 * head.weight.nbytes
     if isinstance(slots, LoraBank):
-        count += sum(layer.weight.nbytes for layer in slots.layers.values() if not layer.embeds)
+        laid_out = sum(layer.weight.nbytes for layer in slots.layers.values() if not layer.embeds)
+        count += laid_out if mapped else 2 * laid_out
     return count
 
 
@@ -130,10 +140,13 @@ def answering_memory(model: PreTrainedModel, slots: Slots, precision: Precision,
 
 
 def _cache_bytes(model: PreTrainedModel) -> int:
-    """Keys and values of one token in all layers."""
+    """Keys and values of one token in all layers; none where there is no attention."""
     config: Any = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    queries = getattr(config, "num_attention_heads", None)
+    if not queries:
+        return 0
+    heads = getattr(config, "num_key_value_heads", None) or queries
+    width = getattr(config, "head_dim", None) or config.hidden_size // queries
     frozen = next((one for one in model.parameters() if not one.requires_grad), None)
     dtype = model.dtype if frozen is None else frozen.dtype
     return int(2 * config.num_hidden_layers * heads * width * dtype.itemsize)
@@ -141,9 +154,5 @@ def _cache_bytes(model: PreTrainedModel) -> int:
 
 def file_bytes(slots: Slots) -> int:
     """What has to be kept of a task."""
-    tensors: Iterable[Tensor] = (
-        slots.state_dict(0).values()
-        if isinstance(slots, LoraBank)
-        else (one.value for one in slots.slot_parameters(0).values())
-    )
-    return sum(tensor.nbytes for tensor in tensors)
+    with NoValues():
+        return sum(tensor.nbytes for tensor in slots.state_dict(0).values())

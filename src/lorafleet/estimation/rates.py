@@ -16,6 +16,8 @@ _SECONDS = 0.25
 _UNCACHED = 256 * 2**20
 """Bytes that no cache holds."""
 
+_LARGEST = (1024, 2048, 8192)
+
 CALLS = 12.0
 """Time from one kernel to the next in a model, Python's part included, over that of a bare call. Found, as the next,
 by ``benchmarks.estimate``."""
@@ -57,7 +59,10 @@ def measure_rates(device: torch.device, dtype: torch.dtype, tokens: int, width: 
         tokens: Rows.
         width: The model's hidden size.
         inner: Width inside its MLP.
+
+    Larger models are measured at :data:`_LARGEST`, where rates no longer change and little memory is needed.
     """
+    tokens, width, inner = (min(pair) for pair in zip((tokens, width, inner), _LARGEST, strict=True))
     x = torch.randn(tokens, width, device=device, dtype=dtype)
     # As many weights as no cache holds: a model's are read from memory in every pass, and its activations too.
     weights = [torch.randn(inner, width, device=device, dtype=dtype) for _ in range(_many(inner * width))]
@@ -94,8 +99,8 @@ def measure_rates(device: torch.device, dtype: torch.dtype, tokens: int, width: 
 
 
 def _many(numbers: int) -> int:
-    """How many tensors of so many float32 numbers are more than caches hold."""
-    return max(2, math.ceil(_UNCACHED / (4 * numbers)))
+    """How many tensors of so many float32 numbers are more than caches hold; of tiny ones, few enough to be made."""
+    return min(max(2, math.ceil(_UNCACHED / (4 * numbers))), 256)
 
 
 def _fastest(run: Callable[[], object], device: torch.device) -> float:
@@ -104,7 +109,7 @@ def _fastest(run: Callable[[], object], device: torch.device) -> float:
     best, end = float("inf"), time.perf_counter() + _SECONDS
     while (start := time.perf_counter()) < end:
         run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
         best = min(best, time.perf_counter() - start)
     return best

@@ -7,8 +7,8 @@ from typing import Any
 from lorafleet.estimation.memory import Precision, TrainingMemory
 from lorafleet.estimation.rates import Rates
 
-GPUS = {"24 GB": 24 << 30, "48 GB": 48 << 30, "80 GB": 80 << 30}
-"""Memory of common GPUs, by the names they are sold under."""
+GPUS = {f"{size} GB": size * 10**9 for size in (24, 48, 80)}
+"""Memory of common GPUs, by the names they are sold under; some have a little more."""
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,17 @@
 """``lorafleet estimate``: parameters, memory, disk and time of methods, from shapes alone."""
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
+import numpy as np
 import psutil
 import torch
+from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from lorafleet.config.compare import EstimateConfig, MethodsConfig
@@ -20,7 +23,7 @@ from lorafleet.config.model import ModelConfig
 from lorafleet.config.training import TrainingConfig
 from lorafleet.data.batches import Schedule, TrainRow
 from lorafleet.data.load import load_data
-from lorafleet.data.store import TokenRow
+from lorafleet.data.store import TokenRows
 from lorafleet.errors import ConfigError, DataError, LorafleetError, raise_all
 from lorafleet.estimation.memory import (
     ON_GPU,
@@ -38,7 +41,8 @@ from lorafleet.estimation.result import GPUS, Estimate, MethodEstimate
 from lorafleet.estimation.step import StepCost, step_cost
 from lorafleet.lora import Slots
 from lorafleet.methods.method import Method, find_methods
-from lorafleet.models.load import load_meta_model, load_tokenizer
+from lorafleet.methods.peft_options import prepends
+from lorafleet.models.load import load_meta_model, load_tokenizer, read_config
 from lorafleet.models.machine import free_memory_bytes, keep_large_allocations, pick_device, pick_dtype
 from lorafleet.models.source import find_source
 from lorafleet.training.setup import check_dtype
@@ -50,8 +54,8 @@ SECTIONS = (ModelConfig, DataConfig, LoraConfig, TrainingConfig, MethodsConfig, 
 ROWS = 8
 """Rows that are answered together where the memory of answering is told."""
 
-_MOST_LOOKED_AT = 256
-"""Micro-batches whose tokens are counted; of more, as many spread over the run."""
+_EPOCHS = 3
+"""Passes over the rows whose micro-batches are laid out."""
 
 
 def estimate(config: Mapping[str, Any] | str | Path | None = None, /, **knobs: Any) -> Estimate:
@@ -90,6 +94,40 @@ def estimate(config: Mapping[str, Any] | str | Path | None = None, /, **knobs: A
     )
 
 
+class _Layout(NamedTuple):
+    """The micro-batches of a run.
+
+    Args:
+        steps: Optimizer steps.
+        batches: Micro-batches.
+        mean_tokens: Tokens of one.
+        largest: Row numbers of the one that takes most.
+        largest_tokens: Its tokens.
+    """
+
+    steps: int
+    batches: int
+    mean_tokens: float
+    largest: list[int]
+    largest_tokens: int
+
+
+def _lay_out(training: TrainingConfig, lengths: NDArray[np.int32], *, padded: bool) -> _Layout:
+    """Lay out the micro-batches of a run; where rows are padded, each takes as much as the longest."""
+    schedule = Schedule(
+        len(lengths), training.per_device_train_batch_size, training.gradient_accumulation_steps, training.seed
+    )
+    steps = schedule.total_steps(training.num_train_epochs, training.max_steps)
+    epochs, rest = divmod(steps, schedule.steps_per_epoch)
+    batches = [batch for epoch in range(min(epochs + 1, _EPOCHS)) for batch in schedule.micro_batches(epoch)]
+    count = epochs * math.ceil(schedule.rows / schedule.batch_size) + rest * schedule.accumulation
+    batches = batches[:count]
+    tokens = [int(lengths[batch].sum()) for batch in batches]
+    sizes = [len(batch) * int(lengths[batch].max()) for batch in batches] if padded else tokens
+    worst = max(range(len(batches)), key=sizes.__getitem__)
+    return _Layout(steps, count, fmean(tokens), batches[worst], tokens[worst])
+
+
 @dataclass(frozen=True)
 class _Shapes:
     """A method on a model without weights, and what its largest micro-batch takes."""
@@ -101,14 +139,11 @@ class _Shapes:
 
 @dataclass(frozen=True)
 class _Counted:
-    """A method, what its largest micro-batch takes in each precision, and how many micro-batches there are."""
+    """A method, what its largest micro-batch takes in each precision, and how many micro-batches of what size."""
 
     method: Method
     shapes: Mapping[Precision, _Shapes]
-    steps: int
-    batches: int
-    mean_tokens: float
-    largest_tokens: int
+    layout: _Layout
 
     def computed(self, precision: Precision) -> _Shapes:
         """The shapes in the precision that is computed in where the base is held in this one."""
@@ -117,10 +152,11 @@ class _Counted:
 
 @dataclass(frozen=True)
 class _Machine:
-    """Where training would run: precision, bytes of the program and of what is free, rates."""
+    """Where training would run: precision, if files hold the weights, bytes of the program and free ones, rates."""
 
     device: torch.device
     dtype: Precision
+    mapped: bool
     program: int
     available: int
     rates: Rates
@@ -130,7 +166,7 @@ _COMPUTED: tuple[Precision, ...] = ("float32", "bfloat16")
 """Precisions that are computed in; a quantized base is computed with in bfloat16."""
 
 
-def _count(model: ModelConfig, methods: Sequence[Method], rows: Sequence[TokenRow]) -> list[_Counted]:
+def _count(model: ModelConfig, methods: Sequence[Method], rows: TokenRows) -> list[_Counted]:
     """Run each method's largest micro-batch without values.
 
     Raises:
@@ -139,20 +175,17 @@ def _count(model: ModelConfig, methods: Sequence[Method], rows: Sequence[TokenRo
     faults, found = list[str](), list[_Counted]()
     for method in methods:
         logger.info("%s: counting", method.name)
-        own = method.training
-        schedule = Schedule(len(rows), own.per_device_train_batch_size, own.gradient_accumulation_steps, own.seed)
-        steps = schedule.total_steps(own.num_train_epochs, own.max_steps)
-        windows = [schedule.window(step) for step in range(0, steps, max(1, steps // _MOST_LOOKED_AT))]
-        batches = [batch for window in windows for batch in window]
-        tokens = [sum(len(rows[i].input_ids) for i in batch) for batch in batches]
-        largest = [rows[i] for i in batches[max(range(len(batches)), key=tokens.__getitem__)]]
+        layout = _lay_out(method.training, rows.lengths, padded=prepends(method.config))
+        largest = [rows[i] for i in layout.largest]
         try:
             shapes = {name: _shapes(model, method, name, largest) for name in _COMPUTED}
         except LorafleetError as error:
             faults.append(f"method {method.name}: {error}")
+        except (RuntimeError, NotImplementedError, AttributeError) as error:  # of code that looks at values
+            what = str(error).partition("\n")[0]
+            faults.append(f"method {method.name}: it cannot be counted without values ({type(error).__name__}: {what})")
         else:
-            count = round(steps * len(batches) / len(windows))
-            found.append(_Counted(method, shapes, steps, count, fmean(tokens), max(tokens)))
+            found.append(_Counted(method, shapes, layout))
     raise_all(ConfigError, faults, f"{find_source(model).name} cannot be trained so")
     return found
 
@@ -162,16 +195,25 @@ def _measure(model: ModelConfig, counted: Sequence[_Counted]) -> _Machine:
     device = pick_device(model.device)
     dtype = pick_dtype(model.dtype, device)
     text = counted[0].shapes["float32"].model.config.get_text_config()
-    inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    inner = getattr(text, "intermediate_size", None)
+    inner = inner if isinstance(inner, int) else 4 * text.hidden_size
     keep_large_allocations()
     return _Machine(
         device,
         cast(Precision, str(dtype).removeprefix("torch.")),
+        _mapped(model, dtype),
         # By now this process has imported what training would, and holds no model.
         ON_GPU if device.type == "cuda" else psutil.Process().memory_info().rss,
         free_memory_bytes(device),
-        measure_rates(device, dtype, round(fmean(one.mean_tokens for one in counted)), text.hidden_size, inner),
+        measure_rates(device, dtype, round(fmean(one.layout.mean_tokens for one in counted)), text.hidden_size, inner),
     )
+
+
+def _mapped(model: ModelConfig, dtype: torch.dtype) -> bool:
+    """Whether weights come as they are from the base's files, which then lie behind them; others are converted."""
+    source = find_source(model)
+    stored = getattr(read_config(source, model), "dtype", None)
+    return source.gguf_file is None and stored in (dtype, str(dtype).removeprefix("torch."))
 
 
 def _meta(config: ModelConfig, precision: Precision) -> PreTrainedModel:
@@ -181,38 +223,45 @@ def _meta(config: ModelConfig, precision: Precision) -> PreTrainedModel:
 def _shapes(config: ModelConfig, method: Method, precision: Precision, rows: Sequence[TrainRow]) -> _Shapes:
     model = _meta(config, precision)
     slots = method.start(model, method.training.seed)
-    return _Shapes(model, slots, step_cost(model, slots, rows))
+    return _Shapes(model, slots, step_cost(model, slots, rows, again=method.training.gradient_accumulation_steps > 1))
 
 
 def _estimate(counted: _Counted, machine: _Machine, total: int, tasks: int, length: int) -> MethodEstimate:
-    method, here = counted.method, counted.shapes[machine.dtype]
+    method, here, layout = counted.method, counted.shapes[machine.dtype], counted.layout
     whole = method.kind == "full"
     trainable = sum(one.value.numel() for one in here.slots.slot_parameters(0).values())
-    on_cpu = machine.device.type == "cpu"
-    memory = training_memory(here.model, here.slots, here.cost, machine.dtype, machine.program, on_cpu=on_cpu)
+    memory = training_memory(
+        here.model,
+        here.slots,
+        here.cost,
+        machine.dtype,
+        machine.program,
+        on_cpu=machine.device.type == "cpu",
+        mapped=machine.mapped,
+    )
     by_precision = {precision: _on_gpu(counted, precision) for precision in PRECISIONS}
     kept = file_bytes(here.slots)
     # Time goes with the tokens, but for the calls, which are as many in every micro-batch.
-    share = counted.mean_tokens / counted.largest_tokens
+    share = layout.mean_tokens / layout.largest_tokens
     mean = replace(here.cost, flops=round(here.cost.flops * share), traffic=round(here.cost.traffic * share))
-    seconds = counted.batches * machine.rates.seconds(mean, frozen=not whole)
-    seconds += counted.steps * _OPTIMIZER_PASSES * trained_bytes(here.slots) / machine.rates.traffic
+    seconds = layout.batches * machine.rates.seconds(mean, frozen=not whole)
+    seconds += layout.steps * _OPTIMIZER_PASSES * trained_bytes(here.slots) / machine.rates.traffic
     return MethodEstimate(
         name=method.name,
         kind=method.kind,
         trainable_parameters=trainable,
         trainable_share=trainable / total,
-        steps=counted.steps,
-        mean_tokens=counted.mean_tokens,
-        largest_tokens=counted.largest_tokens,
+        steps=layout.steps,
+        mean_tokens=layout.mean_tokens,
+        largest_tokens=layout.largest_tokens,
         memory=memory,
         by_precision=by_precision,
         answering={precision: _answering(counted.computed(precision), precision, length) for precision in PRECISIONS},
         fits=_fits(memory, by_precision, machine),
         storage_bytes=kept,
         tasks_bytes=tasks * kept + (0 if whole else base_bytes(here.model, here.slots, machine.dtype)),
-        flops_per_token=here.cost.flops / counted.largest_tokens,
-        tokens_per_second=counted.batches * counted.mean_tokens / seconds,
+        flops_per_token=here.cost.flops / layout.largest_tokens,
+        tokens_per_second=layout.batches * layout.mean_tokens / seconds,
         seconds=seconds,
     )
 

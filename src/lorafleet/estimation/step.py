@@ -1,8 +1,10 @@
 """What one micro-batch takes, found out by running it on the meta device."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from lorafleet.data.batches import Part, TrainRow, collate
@@ -34,20 +36,29 @@ class StepCost:
     calls: int
 
 
-def step_cost(model: PreTrainedModel, slots: Slots, rows: Sequence[TrainRow]) -> StepCost:
+def step_cost(model: PreTrainedModel, slots: Slots, rows: Sequence[TrainRow], *, again: bool = False) -> StepCost:
     """Run a micro-batch of slot 0 without values.
 
     Args:
         model: On the meta device.
         slots: A method on it.
         rows: The micro-batch.
+        again: Whether it follows another of the same step, whose gradients are there already.
     """
     with NoValues():
         loss_model = LossModel(model, slots, pad_id=0)
+        if loss_model.decoder is not None and _changes_logits(model, loss_model.decoder):
+            loss_model.decoder = None
         loss_model.speed_up()
     slots.train()
     batch = collate([Part(0, rows)])
     weights = [*model.parameters(), *model.buffers(), *(one.parameter for one in slots.slot_parameters(0).values())]
+    held = 0
+    if again:
+        for one in {id(one.parameter): one.parameter for one in slots.slot_parameters(0).values()}.values():
+            one.grad = torch.empty_like(one)
+            weights.append(one.grad)
+            held += one.grad.nbytes
     with NoValues(), Ledger(weights, model.config.get_text_config().vocab_size) as ledger:
         total, _ = loss_model.losses(batch)
         kept = ledger.live
@@ -56,9 +67,20 @@ def step_cost(model: PreTrainedModel, slots: Slots, rows: Sequence[TrainRow]) ->
     return StepCost(
         tokens=batch.tokens,
         kept_bytes=kept,
-        peak_bytes=ledger.peak,
+        peak_bytes=ledger.peak + held,
         logits_bytes=ledger.logits_at_peak,
         flops=ledger.flops,
         traffic=ledger.traffic,
         calls=ledger.calls,
     )
+
+
+def _changes_logits(model: PreTrainedModel, decoder: Callable[..., Any]) -> bool:
+    """Whether a model does more than its head: scales its logits, or caps them. Values would tell; here kernels do."""
+    ids, head = torch.arange(5, device=model.device)[None], model.get_output_embeddings()
+    vocabulary = model.config.get_text_config().vocab_size
+    with torch.no_grad(), Ledger([*model.parameters()], vocabulary) as plain:
+        head(decoder(input_ids=ids, use_cache=False)[0])
+    with torch.no_grad(), Ledger([*model.parameters()], vocabulary) as whole:
+        model(input_ids=ids, use_cache=False)
+    return bool(plain.calls != whole.calls)

@@ -53,7 +53,7 @@ class LinearTensors(NamedTuple):
 
 def dropout_mask(seed: int, shape: tuple[int, int], p: float, like: Tensor) -> Tensor:
     """A mask of zeros and ``1/(1-p)`` that follows from ``seed`` alone, so that the backward pass draws it again."""
-    generator = torch.Generator(device=like.device).manual_seed(seed)
+    generator = None if like.is_meta else torch.Generator(device=like.device).manual_seed(seed)
     keep = torch.empty(shape, dtype=like.dtype, device=like.device)
     return keep.bernoulli_(1 - p, generator=generator).div_(1 - p)
 
