@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from lorafleet.comparison.quality import difference, interval, quality_intervals, text_tests
+from lorafleet.evaluation.metrics import label_scores
 from lorafleet.evaluation.text_metrics import text_scores
 
 
@@ -29,6 +30,18 @@ def test_long_rows_count_for_more_in_a_loss_per_token() -> None:
     found = quality_intervals(rows)
     low, high = found["loss"] or (0, 0)
     assert (low, high) == (1.0, 3.0) and set(found) == {"loss", "accuracy"}
+
+
+def test_labels_and_texts_have_intervals_of_their_own() -> None:
+    wanted = ["a", "b"] * 50
+    predicted = ["a", "b", "a", "a"] * 25
+    texts = ["one two three", "something else"] * 20
+    rows = {"loss_sums": [1.0] * 2, "loss_counts": [1] * 2, "wanted": wanted, "predicted": predicted, "texts": texts}
+    found = quality_intervals(rows | {"references": [["one two three"]] * 40})
+    low, high = found["macro_f1"] or (0, 0)
+    assert low < label_scores(wanted, predicted)["macro_f1"] < high and high - low < 0.25
+    low, high = found["rouge_l"] or (0, 0)
+    assert 30 < low < 50 < high < 70
 
 
 def test_a_difference_of_the_same_rows_is_paired() -> None:

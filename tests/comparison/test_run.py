@@ -1,6 +1,11 @@
 """``compare`` from rows to report, on a tiny base."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +14,8 @@ import pytest
 import lorafleet
 from lorafleet.comparison.result import CompareResult
 from lorafleet.comparison.run import compare
-from lorafleet.errors import CheckpointError, ConfigError, DataError
+from lorafleet.config.yaml_text import dump_mapping
+from lorafleet.errors import CheckpointError, ConfigError, DataError, Interrupted
 from tests.training.test_resume import make_place
 
 
@@ -126,6 +132,28 @@ def test_a_method_that_fails_is_a_row_with_its_error(place: Path) -> None:
     assert [row["name"] for row in result.methods] == ["lora:r=4"]
     assert "stopped in step" in result.failed["lora:r=2,learning_rate=1e30"]
     assert "lora:r=2,learning_rate=1e30 could not be measured" in (place / "failing" / "report.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_an_interrupted_comparison_goes_on(place: Path) -> None:
+    """SIGINT in the middle of a training, as Ctrl-C sends it: no step is lost, and none is taken twice."""
+    knobs = settings(place, output_dir=str(place / "stopped"), methods="lora:r=2", max_steps=300, small_rows=0)
+    file = place / "stopped.yml"
+    file.write_text(dump_mapping(knobs), encoding="utf-8")
+    command = [sys.executable, "-m", "lorafleet", "compare", str(file)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not any(
+        path.read_text().count("\n") > 20 for path in (place / "stopped").glob("methods/*/train/metrics.jsonl")
+    ):
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == Interrupted.exit_code and "the same command goes on from here" in told
+    assert not list((place / "stopped").glob("methods/*/train.json"))
+    (row,) = compare(file).methods
+    assert [one["step"] for one in row["curve"] if "loss" in one] == list(range(1, 301))
 
 
 @pytest.mark.slow

@@ -179,6 +179,9 @@ def use_method(job: Job, trained: Mapping[str, Any]) -> dict[str, Any]:
     for key in ("label_right", "text_right"):
         if predictions and key in predictions[0]:
             found["rows"][key] = [float(entry[key]) for entry in predictions]
+    if predictions and "label" in predictions[0]:
+        found["rows"]["predicted"] = [entry["label"] for entry in predictions]
+        found["rows"]["wanted"] = [row.reference for row in rows]
     answered = [i for i, row in enumerate(rows) if asks and row.prompt_length and short_answer(row) is None]
     if answered:
         found["rows"]["texts"] = [predictions[i]["text"] for i in answered]

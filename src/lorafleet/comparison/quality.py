@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from sacrebleu.significance import PairedTest
 from scipy.stats import bootstrap
 
-from lorafleet.evaluation.text_metrics import corpus_metrics, reference_streams
+from lorafleet.evaluation.metrics import label_scores
+from lorafleet.evaluation.text_metrics import corpus_metrics, reference_streams, rouge_l
 
 logging.getLogger("sacrebleu").setLevel(logging.WARNING)  # it tells each step
 
@@ -52,15 +53,22 @@ def ratio_of_sums(numerators: NDArray[np.float64], denominators: NDArray[np.floa
 
 
 def quality_intervals(rows: Mapping[str, Sequence[Any]]) -> dict[str, Interval | None]:
-    """Intervals of the metrics that are means over rows.
+    """Intervals of the metrics that each row has a share in; of BLEU and chrF see :func:`text_tests`.
 
     Args:
-        rows: ``loss_sums`` and ``loss_counts`` of each row; ``label_right`` and ``text_right`` where there are any.
+        rows: ``loss_sums`` and ``loss_counts`` of each row; where there are any, ``label_right``, the labels that are
+            ``wanted`` and ``predicted``, ``text_right``, ``texts`` and ``references``.
     """
     found = {"loss": interval(ratio_of_sums, rows["loss_sums"], rows["loss_counts"])}
     for key, name in (("label_right", "accuracy"), ("text_right", "exact_match")):
         if rows.get(key):
             found[name] = interval(np.mean, rows[key])
+    if rows.get("texts"):
+        found["rouge_l"] = interval(np.mean, rouge_l(rows["texts"], rows["references"]))
+    if rows.get("wanted"):
+        numbers = {label: number for number, label in enumerate(sorted({*rows["wanted"], *rows["predicted"]}))}
+        columns = [[numbers[label] for label in rows[name]] for name in ("wanted", "predicted")]
+        found["macro_f1"] = interval(lambda *both: label_scores(*both)["macro_f1"], *columns)
     return found
 
 

@@ -29,16 +29,21 @@ def text_scores(texts: Sequence[str], references: Sequence[Sequence[str]]) -> di
         ``bleu`` of the whole corpus, by sacrebleu's defaults (its ``zh`` tokenizer where a reference has CJK
         characters, else ``13a``); ``chrf`` of the whole corpus; ``rouge_l``, the mean over rows of the best F1.
     """
+    streams = reference_streams(references)
+    best = rouge_l(texts, references)
+    scores = {name: metric.corpus_score(texts, streams).score for name, metric in corpus_metrics(references).items()}
+    return {**scores, "rouge_l": sum(best) / len(best)}
+
+
+def rouge_l(texts: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+    """ROUGE-L of each row, from 0 to 100: the F1 of the reference that it comes nearest to."""
     from rouge_score.rouge_scorer import RougeScorer  # imports nltk: seconds
 
-    streams = reference_streams(references)
     rouge = RougeScorer(["rougeL"], tokenizer=_Words())
-    best = [
-        rouge.score_multi(list(several), text)["rougeL"].fmeasure
+    return [
+        100 * float(rouge.score_multi(list(several), text)["rougeL"].fmeasure)
         for text, several in zip(texts, references, strict=True)
     ]
-    scores = {name: metric.corpus_score(texts, streams).score for name, metric in corpus_metrics(references).items()}
-    return {**scores, "rouge_l": 100 * sum(best) / len(best)}
 
 
 def corpus_metrics(references: Sequence[Sequence[str]]) -> dict[str, BLEU | CHRF]:
