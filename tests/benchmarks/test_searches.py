@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+import benchmarks.full
 import benchmarks.population
 import benchmarks.tune
 from benchmarks.job import IGNORED
@@ -19,6 +20,15 @@ from tests.training.test_resume import make_place
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_place(tmp_path_factory.mktemp("searches"))
+
+
+def split_rows(place: Path) -> Path:
+    """The rows as a folder with held-out ones."""
+    rows, folder = (place / "rows.jsonl").read_text().splitlines(keepends=True), place / "rows"
+    folder.mkdir(exist_ok=True)
+    for name, part in (("train", 2 * rows[4:]), ("valid", rows[:4])):
+        (folder / f"{name}.jsonl").write_text("".join(part))
+    return folder
 
 
 def run(command: Any, *arguments: str) -> str:
@@ -70,15 +80,26 @@ def test_a_population_is_measured_in_three_ways(place: Path) -> None:
 def test_a_search_is_measured_against_the_loop(place: Path) -> None:
     output = place / "tune.json"
     sizes = ("--steps", "8", "--eval-rows", "4", "--seeds", "1", "--peer-settings", "1")
-    rows = (place / "rows.jsonl").read_text().splitlines(keepends=True)
-    (place / "rows").mkdir()
-    for name, part in (("train", 2 * rows[4:]), ("valid", rows[:4])):
-        (place / "rows" / f"{name}.jsonl").write_text("".join(part))
     base = str(tiny_base_folder(place / "wide", hidden_size=64))  # wide enough for the grid's r = 32
-    data = str(place / "rows")
+    data = str(split_rows(place))
     printed = run(benchmarks.tune.main, "--model", base, "--data", data, *sizes, "--output", str(output))
     assert "not to be quoted: 1 seeds are a smoke test" in printed
     (seed,) = json.loads(output.read_text())["seeds"]
     assert len(seed["losses"]) == 16
     assert 0 <= seed["regret"] <= 5
     assert seed["tokens"] < seed["full_tokens"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_full_fine_tuning_is_measured_against_trainer(place: Path) -> None:
+    output = place / "full.json"
+    sizes = ("--steps", "8", "--eval-rows", "4", "--seeds", "1", "--rates", "1e-4,1e-3")
+    base, data = str(place / "base"), str(split_rows(place))
+    printed = run(benchmarks.full.main, "--model", base, "--data", data, *sizes, "--output", str(output))
+    assert "each at its best" in printed and "not to be quoted: 1 seeds are a smoke test" in printed
+    ours, theirs = json.loads(output.read_text())["losses"].values()
+    assert list(ours) == list(theirs) == ["0.0001", "0.001"]
+    for rate, (loss,) in ours.items():
+        assert theirs[rate] == [pytest.approx(loss, rel=0.02)]  # the order of the rows is another
+    assert ours["0.001"] < ours["0.0001"]
