@@ -15,6 +15,7 @@ import lorafleet
 from lorafleet.cli import show
 from lorafleet.cli.commands import COMMANDS, DATA_INSPECT
 from lorafleet.cli.main import main
+from lorafleet.cli.tables import clock
 from lorafleet.config import load_sections
 from lorafleet.config.lora import LoraConfig
 from lorafleet.errors import ConfigError, Interrupted, TrainingError
@@ -168,3 +169,10 @@ def test_every_command_has_its_verb_and_its_view() -> None:
         sections = getattr(sys.modules[verb.__module__], "SECTIONS", None)
         assert sections is None or sections == command.sections
         assert callable(getattr(show, command.verb))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"), [(4.23, "4.2 s"), (59.6, "1 min 00 s"), (125, "2 min 05 s"), (18_130, "5 h 02 min")]
+)
+def test_times_as_people_write_them(seconds: float, told: str) -> None:
+    assert clock(seconds) == told

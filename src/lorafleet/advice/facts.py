@@ -10,7 +10,6 @@ from lorafleet.config.lora import LoraConfig
 from lorafleet.config.model import ModelConfig
 from lorafleet.data.load import Data, load_data
 from lorafleet.data.store import TokenRows
-from lorafleet.errors import DataError
 from lorafleet.lora.layer import linear_shape
 from lorafleet.lora.targets import find_targets
 from lorafleet.models.load import load_meta_model, load_tokenizer
@@ -77,11 +76,9 @@ def gather(model: ModelConfig, data: DataConfig, lora: LoraConfig) -> Facts:
     """
     device = pick_device(model.device)
     found = load_data(data, load_tokenizer(model))
-    if "train" not in found.splits:
-        raise DataError(f"{data.data} has no rows to train on, only {', '.join(found.splits)}")
     bare = load_meta_model(model)
     config = bare.config.get_text_config()  # type: ignore[union-attr, operator]
-    rows = found.splits["train"]
+    rows = found.train
     parameters = sum(one.numel() for one in bare.parameters())
     return Facts(
         model=find_source(model).name,

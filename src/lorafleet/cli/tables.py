@@ -53,6 +53,9 @@ def share(part: int, whole: int | None) -> str:
 
 
 def clock(seconds: float) -> str:
-    """``2 min 05 s``."""
+    """``4.2 s``, ``2 min 05 s`` or ``5 h 02 min``."""
     minutes, rest = divmod(round(seconds), 60)
+    hours, more = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {more:02d} min"
     return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"

@@ -55,6 +55,19 @@ class Data:
     chat_template: str
     stop_ids: tuple[int, ...]
 
+    @property
+    def train(self) -> TokenRows:
+        """Rows to train on.
+
+        Raises:
+            DataError: There are none, as of data that are for testing alone.
+        """
+        if "train" not in self.splits:
+            raise DataError(
+                f"{self.report.data} has no rows to train on, only {', '.join(self.splits)}; add a train file"
+            )
+        return self.splits["train"]
+
 
 def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, cache_folder: Path | None = None) -> Data:
     """Read, check and tokenize rows, or take them from the cache when nothing changed.

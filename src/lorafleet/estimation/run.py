@@ -24,7 +24,7 @@ from lorafleet.config.training import TrainingConfig
 from lorafleet.data.batches import Schedule, TrainRow
 from lorafleet.data.load import load_data
 from lorafleet.data.store import TokenRows
-from lorafleet.errors import ConfigError, DataError, LorafleetError, raise_all
+from lorafleet.errors import ConfigError, LorafleetError, raise_all
 from lorafleet.estimation.memory import (
     ON_GPU,
     PRECISIONS,
@@ -73,10 +73,7 @@ def estimate(config: Mapping[str, Any] | str | Path | None = None, /, **knobs: A
     model, data_config, lora, training, wanted, own = load_sections(SECTIONS, config, knobs)
     methods = find_methods(parse_methods(wanted.methods), lora, training)
     check_dtype(model)
-    data = load_data(data_config, load_tokenizer(model))
-    if "train" not in data.splits:
-        raise DataError(f"{data_config.data} has no rows to train on, only {', '.join(data.splits)}")
-    counted = _count(model, methods, data.splits["train"])
+    counted = _count(model, methods, load_data(data_config, load_tokenizer(model)).train)
     machine = _measure(model, counted)
     bare = _meta(model, machine.dtype)
     total = sum(one.numel() for one in bare.parameters())

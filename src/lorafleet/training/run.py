@@ -13,7 +13,7 @@ from lorafleet.config.method import MethodConfig, parse_methods
 from lorafleet.config.model import ModelConfig
 from lorafleet.config.training import RunConfig, TrainingConfig, ValidationConfig
 from lorafleet.data.load import load_data
-from lorafleet.errors import ConfigError, DataError, TrainingError
+from lorafleet.errors import ConfigError, TrainingError
 from lorafleet.evaluation.measure import measure
 from lorafleet.evaluation.token_loss import LossModel
 from lorafleet.files.deployability import deployability
@@ -67,8 +67,7 @@ def train(config: Mapping[str, Any] | str | Path | None = None, /, **knobs: Any)
         prepare_machine(run)
         base = load_base(model_config)
         data = load_data(data_config, base.tokenizer)
-        if "train" not in data.splits:
-            raise DataError(f"{data_config.data} has no rows to train on, only {', '.join(data.splits)}")
+        rows = data.train
         logger.info("%s", as_text(data.report.render()))
         slots = method.start(base.model, method.training.seed)
         if isinstance(slots, LoraBank) and isinstance(method.config, LoraConfig):
@@ -76,7 +75,7 @@ def train(config: Mapping[str, Any] | str | Path | None = None, /, **knobs: Any)
                 recompute_blocks(base.model, slots)
             _tell_deployability(method.config, slots)
         held_out = held_out_rows(data, run)
-        member = Member(NAME, slots, 0, method.training, data.splits["train"], held_out)
+        member = Member(NAME, slots, 0, method.training, rows, held_out)
         deciding = run_identity(base, data, data_config, method.kind, method.options, method.training, run)
         deciding["validation"] = validation.model_dump(mode="json")
         state = RunState(output_dir, deciding, run.save_total_limit)
