@@ -3,8 +3,8 @@
 A grid of models, methods and batch sizes. Each cell is one run of ``lorafleet train`` as a user starts it, with
 checkpoints and evaluations on the way; beside it stands what ``lorafleet estimate`` said before. Time is that of the
 steps alone, the first left out, in which caches and allocator fill.
-Besides the demo base there are two models with random weights: a wider Llama and a GPT-2, whose layers are of another
-kind. Results go to stdout and into a JSON file.
+Besides the demo base there are models with random weights: a wider Llama, and a GPT-2, whose layers are of another
+kind, stored in two precisions. Results go to stdout and into a JSON file.
 """
 
 import datetime
@@ -33,6 +33,14 @@ from lorafleet.models.load import load_tokenizer
 
 METHODS = ("full", "lora:r=8", "lora:r=64", "dora:r=8", "bottleneck", "prefix", "ia3")
 VOCABULARY = 49152
+_GPT2 = {
+    "vocab_size": VOCABULARY,
+    "n_embd": 768,
+    "n_layer": 8,
+    "n_positions": 1024,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 RANDOM: dict[str, PreTrainedConfig] = {
     "wide-llama": LlamaConfig(
         vocab_size=VOCABULARY,
@@ -43,8 +51,10 @@ RANDOM: dict[str, PreTrainedConfig] = {
         num_key_value_heads=4,
         tie_word_embeddings=False,
     ),
-    "gpt2": GPT2Config(vocab_size=VOCABULARY, n_embd=768, n_layer=8, n_positions=1024, bos_token_id=1, eos_token_id=2),
+    "gpt2": GPT2Config(**_GPT2),
+    "gpt2-bfloat16": GPT2Config(**_GPT2, dtype="bfloat16"),
 }
+"""The last one's files hold another precision than a CPU computes in, so that no file lies behind its weights."""
 
 
 @click.command(help=(__doc__ or "").partition("\n\n")[2], context_settings={"show_default": True})
@@ -109,11 +119,12 @@ def benchmark(
                 "--device",
                 device,
             ]
-            command = ["lorafleet", "estimate", *shared, "--methods", ",".join(methods), "--json"]
-            predicted = json.loads(run_watched("lorafleet estimate", command, threads)[0])
-            on_gpu = predicted["rates"]["device"].startswith("cuda")
-            for method, one in zip(methods, predicted["methods"], strict=True):
-                if on_gpu:  # PyTorch does not count what CUDA itself takes
+            for method in methods:
+                # Just before each run, as this machine's speed changes from minute to minute.
+                command = ["lorafleet", "estimate", *shared, "--methods", method, "--json"]
+                predicted = json.loads(run_watched("lorafleet estimate", command, threads)[0])
+                (one,) = predicted["methods"]
+                if predicted["rates"]["device"].startswith("cuda"):  # PyTorch does not count what CUDA itself takes
                     one["memory"]["total"] -= CUDA_CONTEXT
                 trained, others = _train(folder / "run", method, shared, steps, threads)
                 cell = _cell(one, trained) | {"model": model, "method": method, "batch_size": size, "others": others}

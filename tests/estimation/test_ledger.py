@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from lorafleet.estimation.ledger import Ledger, NoValues
+from lorafleet.estimation.ledger import Ledger, NoValues, Product
 
 FLOAT = 4
 
@@ -48,6 +48,21 @@ def test_operations_of_products(device: str) -> None:
             out.addmm_(x, weight)  # in place
             torch.mm(x, weight, out=out)
     assert ledger.flops == 5 * 2 * 6 * 4 * 5
+
+
+def test_products_are_counted_by_shape_and_by_how_their_weight_lies() -> None:
+    x, weight, bias, entries = meta(6, 4, grad=True), meta(5, 4), meta(5), meta(3, 6, 4)
+    with Ledger([x, weight, bias, entries], vocabulary=99, laid_out=[weight]) as ledger:
+        torch.addmm(bias, x, weight.T).sum().backward()
+        torch.bmm(entries, entries.mT)
+        entries.clone().baddbmm_(meta(3, 6, 2), meta(3, 2, 4))
+    assert ledger.products == {
+        Product(1, 6, 4, 5, laid_out=True): 2 * 6 * 4 * 5,
+        Product(1, 6, 5, 4, laid_out=True): 2 * 6 * 4 * 5,
+        Product(3, 6, 4, 6, laid_out=False): 2 * 3 * 6 * 4 * 6,
+        Product(3, 6, 2, 4, laid_out=False): 2 * 3 * 6 * 2 * 4,
+    }
+    assert ledger.flops == sum(ledger.products.values())
 
 
 def test_a_pass_costs_the_same_with_values_and_without() -> None:

@@ -5,7 +5,9 @@ everything that a real pass would allocate is allocated, and let go, in the same
 """
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +18,29 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 _ATEN = torch.ops.aten
+_FACTORS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}
+"""Which of a product's arguments is its left matrix; the right one follows."""
+
 _FLASH = _ATEN._scaled_dot_product_flash_attention_for_cpu
+
+
+@dataclass(frozen=True)
+class Product:
+    """The shape of a matrix product: ``batch`` times ``(rows, inner)·(inner, columns)``.
+
+    Attributes:
+        batch: How many are computed in one call.
+        rows: Of the left matrix.
+        inner: Columns of the left matrix.
+        columns: Of the right matrix.
+        laid_out: Whether the right matrix is a frozen weight that is laid out for its products.
+    """
+
+    batch: int
+    rows: int
+    inner: int
+    columns: int
+    laid_out: bool
 
 
 class Ledger(TorchDispatchMode):
@@ -25,18 +49,22 @@ class Ledger(TorchDispatchMode):
     Args:
         weights: Tensors that are there before; they are not counted.
         vocabulary: Tensors that are so wide are logits, and counted apart.
+        laid_out: Those of the weights that are laid out for their products.
 
     Attributes:
         live: Bytes that are held now.
         peak: Most bytes that were held.
         logits_at_peak: How many of those were logits.
         flops: Operations of matrix products and attention.
+        products: How many of them each shape of product has.
         traffic: Bytes read and written by everything else.
         calls: Kernels called.
     """
 
-    def __init__(self, weights: Sequence[Tensor], vocabulary: int) -> None:
+    def __init__(self, weights: Sequence[Tensor], vocabulary: int, laid_out: Sequence[Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.products = Counter[Product]()
+        self._laid_out = {_identity(tensor) for tensor in laid_out}
         self.live = self.peak = self.logits_at_peak = self.flops = self.traffic = self.calls = 0
         self._vocabulary, self._logits = vocabulary, 0
         self._known = {_identity(tensor) for tensor in weights}
@@ -51,13 +79,21 @@ class Ledger(TorchDispatchMode):
         new = [self._hold(one) for one in made]
         count = _formula(function.overloadpacket)
         if count is not None:
-            self.flops += count(*args, **kwargs, out_val=out)
+            flops = count(*args, **kwargs, out_val=out)
+            self.flops += flops
             self.calls += 1
+            if (first := _FACTORS.get(function.overloadpacket.__name__.rstrip("_"))) is not None:
+                self.products[self._product(*args[first : first + 2])] += flops
         elif any(new) or function._schema.is_mutable:
             read = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
             self.traffic += sum(one.numel() * one.element_size() for one in (*read, *made))
             self.calls += 1
         return out
+
+    def _product(self, left: Tensor, right: Tensor) -> Product:
+        batch = left.shape[0] if left.ndim == 3 else 1
+        (rows, inner), columns = left.shape[-2:], right.shape[-1]
+        return Product(batch, rows, inner, columns, _identity(right) in self._laid_out)
 
     def _hold(self, tensor: Tensor) -> bool:
         """Count a tensor's memory, if it is new, until nobody holds it."""

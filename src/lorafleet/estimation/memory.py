@@ -8,8 +8,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lorafleet.estimation.ledger import NoValues
-from lorafleet.estimation.step import StepCost
-from lorafleet.lora import LoraBank, Slots
+from lorafleet.estimation.step import StepCost, laid_out_weights
+from lorafleet.lora import Slots
 from lorafleet.lora.targets import linear_layers, output_head
 from lorafleet.methods.full import FullModel
 
@@ -121,14 +121,8 @@ def _quantized(model: nn.Module) -> set[int]:
 
 def _layout_bytes(model: PreTrainedModel, slots: Slots, mapped: bool) -> int:
     """Two copies of each weight that is laid out; those of LoRA's layers that a file has are let out of memory."""
-    head = model.get_output_embeddings()
-    count = 0
-    if isinstance(head, nn.Linear) and not head.weight.requires_grad:
-        count += 2 * head.weight.nbytes
-    if isinstance(slots, LoraBank):
-        laid_out = sum(layer.weight.nbytes for layer in slots.layers.values() if not layer.embeds)
-        count += laid_out if mapped else 2 * laid_out
-    return count
+    head, layers = laid_out_weights(model, slots)
+    return 2 * sum(one.nbytes for one in head) + (1 if mapped else 2) * sum(one.nbytes for one in layers)
 
 
 def answering_memory(model: PreTrainedModel, slots: Slots, precision: Precision, rows: int, length: int) -> int:

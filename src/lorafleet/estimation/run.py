@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple, cast
@@ -194,15 +194,17 @@ def _measure(model: ModelConfig, counted: Sequence[_Counted]) -> _Machine:
     text = counted[0].shapes["float32"].model.config.get_text_config()
     inner = getattr(text, "intermediate_size", None)
     inner = inner if isinstance(inner, int) else 4 * text.hidden_size
+    tokens = round(fmean(one.layout.mean_tokens for one in counted))
+    precision = cast(Precision, str(dtype).removeprefix("torch."))
     keep_large_allocations()
     return _Machine(
         device,
-        cast(Precision, str(dtype).removeprefix("torch.")),
+        precision,
         _mapped(model, dtype),
         # By now this process has imported what training would, and holds no model.
         ON_GPU if device.type == "cuda" else psutil.Process().memory_info().rss,
         free_memory_bytes(device),
-        measure_rates(device, dtype, round(fmean(one.layout.mean_tokens for one in counted)), text.hidden_size, inner),
+        measure_rates(device, dtype, [one.shapes[precision].cost for one in counted], tokens * inner),
     )
 
 
@@ -239,9 +241,8 @@ def _estimate(counted: _Counted, machine: _Machine, total: int, tasks: int, leng
     by_precision = {precision: _on_gpu(counted, precision) for precision in PRECISIONS}
     kept = file_bytes(here.slots)
     # Time goes with the tokens, but for the calls, which are as many in every micro-batch.
-    share = layout.mean_tokens / layout.largest_tokens
-    mean = replace(here.cost, flops=round(here.cost.flops * share), traffic=round(here.cost.traffic * share))
-    seconds = layout.batches * machine.rates.seconds(mean, frozen=not whole)
+    mean = here.cost.scaled(layout.mean_tokens / layout.largest_tokens)
+    seconds = layout.batches * machine.rates.seconds(mean)
     seconds += layout.steps * _OPTIMIZER_PASSES * trained_bytes(here.slots) / machine.rates.traffic
     return MethodEstimate(
         name=method.name,
@@ -275,8 +276,8 @@ def _on_gpu(counted: _Counted, precision: Precision) -> int | None:
     return training_memory(one.model, one.slots, one.cost, precision, ON_GPU, on_cpu=False).total
 
 
-_OPTIMIZER_PASSES = 9
-"""Reads and writes of each trained number in a step: gradient, weight, both moments; and the gradient's norm."""
+_OPTIMIZER_PASSES = 10
+"""Reads and writes of each trained number in a step: gradient, weight, moments; the gradient's norm and clipping."""
 
 
 def _fits(

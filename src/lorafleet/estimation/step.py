@@ -1,16 +1,17 @@
 """What one micro-batch takes, found out by running it on the meta device."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lorafleet.data.batches import Part, TrainRow, collate
-from lorafleet.estimation.ledger import Ledger, NoValues
+from lorafleet.estimation.ledger import Ledger, NoValues, Product
 from lorafleet.evaluation.token_loss import LossModel
-from lorafleet.lora import Slots
+from lorafleet.lora import LoraBank, Slots
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class StepCost:
         peak_bytes: Most that was held beside the weights, gradients included.
         logits_bytes: How many of those were logits.
         flops: Operations of matrix products and attention.
+        products: How many of them each shape of product has.
         traffic: Bytes read and written by everything else.
         calls: Kernels called.
     """
@@ -31,9 +33,15 @@ class StepCost:
     kept_bytes: int
     peak_bytes: int
     logits_bytes: int
-    flops: int
-    traffic: int
+    flops: float
+    products: Mapping[Product, float]
+    traffic: float
     calls: int
+
+    def scaled(self, share: float) -> Self:
+        """With this share of the work, in as many calls."""
+        products = {shape: share * flops for shape, flops in self.products.items()}
+        return replace(self, flops=share * self.flops, traffic=share * self.traffic, products=products)
 
 
 def step_cost(model: PreTrainedModel, slots: Slots, rows: Sequence[TrainRow], *, again: bool = False) -> StepCost:
@@ -59,7 +67,8 @@ def step_cost(model: PreTrainedModel, slots: Slots, rows: Sequence[TrainRow], *,
             one.grad = torch.empty_like(one)
             weights.append(one.grad)
             held += one.grad.nbytes
-    with NoValues(), Ledger(weights, model.config.get_text_config().vocab_size) as ledger:
+    head, layers = laid_out_weights(model, slots)
+    with NoValues(), Ledger(weights, model.config.get_text_config().vocab_size, [*head, *layers]) as ledger:
         total, _ = loss_model.losses(batch)
         kept = ledger.live
         total.backward()
@@ -70,9 +79,18 @@ def step_cost(model: PreTrainedModel, slots: Slots, rows: Sequence[TrainRow], *,
         peak_bytes=ledger.peak + held,
         logits_bytes=ledger.logits_at_peak,
         flops=ledger.flops,
+        products=ledger.products,
         traffic=ledger.traffic,
         calls=ledger.calls,
     )
+
+
+def laid_out_weights(model: PreTrainedModel, slots: Slots) -> tuple[list[Tensor], list[Tensor]]:
+    """The weights that a CPU lays out for their products: the head's, if it is frozen, and LoRA's layers'."""
+    head = model.get_output_embeddings()
+    frozen = isinstance(head, nn.Linear) and not head.weight.requires_grad
+    layers = slots.layers.values() if isinstance(slots, LoraBank) else ()
+    return [head.weight] if frozen else [], [layer.weight for layer in layers if not layer.embeds]
 
 
 def _changes_logits(model: PreTrainedModel, decoder: Callable[..., Any]) -> bool:
