@@ -48,25 +48,32 @@ def main(rates: str, output: Path, **options: Any) -> None:
     """Parse, measure, print."""
     try:
         with tempfile.TemporaryDirectory(prefix="lorafleet-benchmark-") as folder:
-            found = _losses(Path(folder), [float(rate) for rate in rates.split(",")], **options)
+            report = benchmark(Path(folder), output, [float(rate) for rate in rates.split(",")], **options)
     except LorafleetError as error:
         click.echo(f"benchmarks.full: {error}", err=True)
         sys.exit(1)
-    finished = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    settings = options | {"data": Path(options["data"]).name}
-    report = {"machine": machine_facts(), "settings": settings, "finished": finished, "losses": found}
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(output, report)
     Console(width=None if sys.stdout.isatty() else 120).print(_table(report))
     if options["seeds"] < 3:
         click.echo(f"not to be quoted: {options['seeds']} seeds are a smoke test; quote 3 or more", err=True)
     click.echo(f"wrote {output}", err=True)
 
 
-def _losses(
-    folder: Path, rates: list[float], data: str, model: str, steps: int, seeds: int, eval_rows: int, threads: int
-) -> dict[str, dict[str, list[float]]]:
-    """By way and rate, the loss of every seed."""
+def benchmark(
+    folder: Path,
+    output: Path,
+    rates: list[float],
+    data: str,
+    model: str,
+    steps: int,
+    seeds: int,
+    eval_rows: int,
+    threads: int,
+) -> dict[str, Any]:
+    """Train everything; what is known is written after each seed: by way and rate, the loss of every seed.
+
+    Raises:
+        BenchmarkError: A process failed.
+    """
     config = ModelConfig(model_name_or_path=model)
     splits = load_data(DataConfig(data=data), load_tokenizer(config)).splits
     job = {
@@ -79,22 +86,30 @@ def _losses(
         "threads": threads,
     }
     found: dict[str, dict[str, list[float]]] = {way: {f"{rate:g}": [] for rate in rates} for way in WAYS}
+    settings = {"data": Path(data).name, "model": model, "steps": steps, "eval_rows": eval_rows, "threads": threads}
+    report: dict[str, Any] = {"machine": machine_facts(), "settings": settings, "losses": found}
+    output.parent.mkdir(parents=True, exist_ok=True)
     ours, theirs = (found[way] for way in WAYS)
+    command = ["lorafleet", "train", "--method", "full", "--model", model, "--data", data]
+    command += ["--max-steps", str(steps), "--max-eval-rows", str(eval_rows), "--num-threads", str(threads), "--json"]
+    command += ["--save-strategy", "no", "--eval-strategy", "no", "--output-dir", str(folder / "run"), "--overwrite"]
     for seed in range(42, 42 + seeds):
         for rate in rates:
-            command = ["lorafleet", "train", "--method", "full", "--model", model, "--data", data, "--seed", str(seed)]
-            command += ["--learning-rate", str(rate), "--max-steps", str(steps), "--max-eval-rows", str(eval_rows)]
-            command += ["--save-strategy", "no", "--eval-strategy", "no", "--num-threads", str(threads), "--json"]
-            printed, _, _ = run_watched(
-                WAYS[0], [*command, "--output-dir", str(folder / "run"), "--overwrite"], threads
-            )
-            ours[f"{rate:g}"].append(json.loads(printed)["metrics"]["loss"])
+            own = ["--seed", str(seed), "--learning-rate", str(rate)]
+            ours[f"{rate:g}"].append(_held_out_loss([*command, *own], threads))
         losses, _ = run_module(WAYS[1], "full_trainer", job | {"seed": seed}, folder, threads)
         for rate, loss in zip(rates, losses, strict=True):
             theirs[f"{rate:g}"].append(loss)
+        report["finished"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        write_json(output, report)
         last = {way: [f"{losses[-1]:.4f}" for losses in found[way].values()] for way in WAYS}
         click.echo(f"seed {seed}: {last}", err=True)
-    return found
+    return report
+
+
+def _held_out_loss(command: list[str], threads: int) -> float:
+    printed, _, _ = run_watched(WAYS[0], command, threads)
+    return float(json.loads(printed)["metrics"]["loss"])
 
 
 def _table(report: dict[str, Any]) -> Table:
