@@ -95,6 +95,17 @@ def test_a_pass_without_values_holds_what_a_real_one_does(place: Path) -> None:
     assert cost.kept_bytes <= held * 1.35  # what no backward pass needs, as inputs, is held too
 
 
+def test_products_are_laid_out_where_training_lays_them_out() -> None:
+    """All weights of LoRA's layers and the head; the head alone of other methods; nothing where all of it trains."""
+    laid_out = []
+    for method in methods("lora:r=2,bottleneck,full"):
+        model = _bare("llama")
+        cost = step_cost(model, method.start(model, 0), [_Row(np.arange(40))])
+        laid_out.append(sum(flops for shape, flops in cost.products.items() if shape.laid_out) / cost.flops)
+    lora, bottleneck, full = laid_out
+    assert 0.5 < lora < 1 and 0 < bottleneck < lora and full == 0
+
+
 def test_gradients_of_earlier_micro_batches_are_there() -> None:
     """With accumulation all of them are held while the next pass has all its activations."""
     model = _bare("llama")
