@@ -26,7 +26,7 @@ def test_one_row_has_none() -> None:
 
 
 def test_long_rows_count_for_more_in_a_loss_per_token() -> None:
-    rows = {"loss_sums": [10.0, 300.0], "loss_counts": [10, 100], "label_right": [1.0, 0.0]}
+    rows = {"loss_sum": [10.0, 300.0], "loss_tokens": [10, 100], "label_right": [1.0, 0.0]}
     found = quality_intervals(rows)
     low, high = found["loss"] or (0, 0)
     assert (low, high) == (1.0, 3.0) and set(found) == {"loss", "accuracy"}
@@ -36,7 +36,7 @@ def test_labels_and_texts_have_intervals_of_their_own() -> None:
     wanted = ["a", "b"] * 50
     predicted = ["a", "b", "a", "a"] * 25
     texts = ["one two three", "something else"] * 20
-    rows = {"loss_sums": [1.0] * 2, "loss_counts": [1] * 2, "wanted": wanted, "predicted": predicted, "texts": texts}
+    rows = {"loss_sum": [1.0] * 2, "loss_tokens": [1] * 2, "wanted": wanted, "predicted": predicted, "texts": texts}
     found = quality_intervals(rows | {"references": [["one two three"]] * 40})
     low, high = found["macro_f1"] or (0, 0)
     assert low < label_scores(wanted, predicted)["macro_f1"] < high and high - low < 0.25
@@ -47,8 +47,8 @@ def test_labels_and_texts_have_intervals_of_their_own() -> None:
 def test_a_difference_of_the_same_rows_is_paired() -> None:
     random = np.random.default_rng(0)
     hard = random.normal(10, 5, size=100).clip(1)
-    one = {"loss_sums": list(hard + 0.1), "loss_counts": [10] * 100}
-    other = {"loss_sums": list(hard), "loss_counts": [10] * 100}
+    one = {"loss_sum": list(hard + 0.1), "loss_tokens": [10] * 100}
+    other = {"loss_sum": list(hard), "loss_tokens": [10] * 100}
     low, high = difference(one, other, "loss") or (0, 0)
     assert low == pytest.approx(0.01) and high == pytest.approx(0.01)
     same = {"label_right": [1.0, 0.0] * 20}

@@ -82,6 +82,11 @@ def test_label_rows(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert [line["adapter"]["label_right"] for line in lines] == right["adapter"]
     assert [line["base"]["label_right"] for line in lines] == right["base"]
+    sums = [sum(line["adapter"][key] for line in lines) for key in ("loss_sum", "loss_tokens")]
+    assert sums[0] / sums[1] == pytest.approx(result.metrics["adapter"]["loss"])
+    assert lines[7]["adapter"]["loss_sum"] / lines[7]["adapter"]["loss_tokens"] == pytest.approx(
+        plain_loss(adapted, rows[7:8]), rel=1e-5
+    )
     assert lines[0]["source"].endswith("test.jsonl:1")
     assert "movie number 6 was 3" in lines[0]["prompt"]
     assert lines[0]["reference"] == "good"
@@ -165,7 +170,7 @@ def test_answers_are_generated_and_compared(tmp_path: Path) -> None:
     result = evaluate(adapter=str(adapter), data=str(rows), predictions=str(file), max_new_tokens=5)
     assert result.metrics["adapter"]["exact_match"] == 0.0
     lines = [json.loads(line) for line in file.read_text().splitlines()]
-    assert set(lines[0]["adapter"]) == {"text", "text_right", "text_complete"}
+    assert set(lines[0]["adapter"]) == {"loss_sum", "loss_tokens", "text", "text_right", "text_complete"}
     assert lines[0]["references"] == ["3"]
     silent = evaluate(adapter=str(adapter), data=str(rows), answers=False)
     assert "exact_match" not in silent.metrics["adapter"]

@@ -1,5 +1,6 @@
 """Flat batches and the chunked loss against a plain padded loop over transformers."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from lorafleet.config.lora import LoraConfig
 from lorafleet.data.batches import Part, collate
 from lorafleet.evaluation import token_loss
-from lorafleet.evaluation.token_loss import LossModel, mean_losses
+from lorafleet.evaluation.token_loss import LossModel, mean_loss, row_losses
 from lorafleet.lora import inject_lora
 from tests.lora.test_bank import fill
 from tests.tiny import ARCHITECTURES, tiny_model
@@ -148,13 +149,19 @@ def test_an_adapted_head_routes_its_targets() -> None:
     assert together == pytest.approx(alone, rel=1e-12)
 
 
-def test_mean_losses_is_the_mean_over_targets_for_each_slot() -> None:
+def test_rows_losses_are_theirs_whatever_their_order_and_batch() -> None:
     model = tiny_model("gpt2", torch.float64)
     bank = inject_lora(model, LoraConfig())
     rows = make_rows(7, lengths=(5, 9, 6, 11, 3))
-    base = sum(loss.item() for loss in plain_losses(model, rows))
+    rows[2].loss_mask[:] = False  # nothing to predict, in a batch of its own where batches are of one row
+    loss_model = LossModel(model, bank, pad_id=0)
+    counts = [int(row.loss_mask[1:].sum()) for row in rows]
+    base = [loss.item() for loss in plain_losses(model, rows)]
     fill(bank, 0)
-    adapted = sum(loss.item() for loss in plain_losses(model, rows))
-    targets = sum(int(row.loss_mask[1:].sum()) for row in rows)
-    measured = mean_losses(LossModel(model, bank, pad_id=0), rows, (-1, 0), batch_size=2)
-    assert measured == [(pytest.approx(base / targets), targets), (pytest.approx(adapted / targets), targets)]
+    adapted = [loss.item() for loss in plain_losses(model, rows)]
+    for slot, wanted in ((-1, base), (0, adapted)):
+        for size in (1, 2, 5):
+            measured = row_losses(loss_model, rows, slot, size)
+            assert measured == [(pytest.approx(loss), count) for loss, count in zip(wanted, counts, strict=True)]
+            assert mean_loss(measured) == pytest.approx(sum(wanted) / sum(counts))
+    assert math.isnan(mean_loss(measured[2:3]))

@@ -37,7 +37,7 @@ from lorafleet.data.load import load_data
 from lorafleet.data.store import TokenRow
 from lorafleet.errors import Interrupted, LorafleetError, TrainingError
 from lorafleet.evaluation.measure import measure, references_of, short_answer
-from lorafleet.evaluation.token_loss import LossModel, mean_losses, row_losses
+from lorafleet.evaluation.token_loss import LossModel, mean_loss, row_losses
 from lorafleet.files.adapter import CONFIG, WEIGHTS
 from lorafleet.files.atomic import write_json, write_text
 from lorafleet.files.checkpoint import newest_checkpoint
@@ -60,6 +60,9 @@ Settings = tuple[ModelConfig, DataConfig, LoraConfig, TrainingConfig, Validation
 
 GENERAL = "sample:general_chat"
 """Text that has nothing to do with the task, on which forgetting is measured."""
+
+RANKING_ROWS = 64
+"""Held-out rows that learning rates are ranked by: the same for all, and rates differ more than rows do."""
 
 PADDED_STEPS = 8
 """Steps in which the speed of padded batches is measured."""
@@ -97,7 +100,7 @@ def search_rate(job: Job) -> dict[str, Any]:
     training = job.method.training
     slots = job.method.start(base.model, training.seed)
     steps = compare.lr_steps or max(1, job.steps // 5)
-    rows, held_out = data.splits["train"], held_out_rows(data, run)
+    rows, held_out = data.splits["train"], sample(held_out_rows(data, run), RANKING_ROWS)
     return find_rate(base, slots, training, rows, held_out, run, steps, compare.lr_runs)
 
 
@@ -132,7 +135,7 @@ def overfit(job: Job, rate: float, count: int) -> dict[str, Any]:
     loss_model.speed_up()
     good = train_briefly(loss_model, slots, job.training(rate), rows, run).progress.status != "failed"
     size = run.per_device_eval_batch_size
-    losses = [mean_losses(loss_model, some, [0], size)[0][0] if good else None for some in (rows, held_out)]
+    losses = [mean_loss(row_losses(loss_model, some, 0, size)) if good else None for some in (rows, held_out)]
     return {"rows": len(rows), "train_loss": losses[0], "eval_loss": losses[1]}
 
 
@@ -166,6 +169,7 @@ def use_method(job: Job, trained: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {
         "tested_rows": len(rows),
         "load_seconds": load_seconds,
+        "rows": {},
         "storage_bytes": 0 if trained["method"] == "base" else _bytes(Path(trained["adapter"])),
         "quality": measure(
             base, slots, slot, data, rows, batch_size=size, generation=generation, predictions=predictions
@@ -173,13 +177,10 @@ def use_method(job: Job, trained: Mapping[str, Any]) -> dict[str, Any]:
     }
     if not math.isfinite(found["quality"]["loss"]):
         raise TrainingError("the loss of what was trained is no number on the rows to test on")
-    loss_model = LossModel(base.model, slots, base.tokenizer.pad_token_id)
-    sums, counts = zip(*row_losses(loss_model, rows, slot, size), strict=True)
-    found["rows"] = {"loss_sums": sums, "loss_counts": counts}
-    for key in ("label_right", "text_right"):
-        if predictions and key in predictions[0]:
-            found["rows"][key] = [float(entry[key]) for entry in predictions]
-    if predictions and "label" in predictions[0]:
+    for key in ("loss_sum", "loss_tokens", "label_right", "text_right"):
+        if column := [float(entry[key]) for entry in predictions if key in entry]:
+            found["rows"][key] = column
+    if "label" in predictions[0]:
         found["rows"]["predicted"] = [entry["label"] for entry in predictions]
         found["rows"]["wanted"] = [row.reference for row in rows]
     answered = [i for i, row in enumerate(rows) if asks and row.prompt_length and short_answer(row) is None]
@@ -189,9 +190,10 @@ def use_method(job: Job, trained: Mapping[str, Any]) -> dict[str, Any]:
     found["intervals"] = quality_intervals(found["rows"])
     other = DataConfig(data=GENERAL, max_length=data_config.max_length, chat_template=data_config.chat_template)
     general = list(load_data(other, base.tokenizer).splits["test"])
+    loss_model = LossModel(base.model, slots, base.tokenizer.pad_token_id)
     some = {"general": general, "train": sample(data.splits["train"], len(rows)), "held_out": held_out_rows(data, run)}
     for name, chosen in some.items():
-        ((found[f"{name}_loss"], _),) = mean_losses(loss_model, chosen, [slot], size)
+        found[f"{name}_loss"] = mean_loss(row_losses(loss_model, chosen, slot, size))
     prompts = [[int(token) for token in row.input_ids[: row.prompt_length or len(row.input_ids) // 2]] for row in rows]
     found["speed"] = asdict(measure_speed(base, slots, slot, prompts, compare.new_tokens))
     found["padded"] = slots is not None and slots.padded_model is not None

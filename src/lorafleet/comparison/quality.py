@@ -56,10 +56,10 @@ def quality_intervals(rows: Mapping[str, Sequence[Any]]) -> dict[str, Interval |
     """Intervals of the metrics that each row has a share in; of BLEU and chrF see :func:`text_tests`.
 
     Args:
-        rows: ``loss_sums`` and ``loss_counts`` of each row; where there are any, ``label_right``, the labels that are
+        rows: ``loss_sum`` and ``loss_tokens`` of each row; where there are any, ``label_right``, the labels that are
             ``wanted`` and ``predicted``, ``text_right``, ``texts`` and ``references``.
     """
-    found = {"loss": interval(ratio_of_sums, rows["loss_sums"], rows["loss_counts"])}
+    found = {"loss": interval(ratio_of_sums, rows["loss_sum"], rows["loss_tokens"])}
     for key, name in (("label_right", "accuracy"), ("text_right", "exact_match")):
         if rows.get(key):
             found[name] = interval(np.mean, rows[key])
@@ -75,7 +75,7 @@ def quality_intervals(rows: Mapping[str, Sequence[Any]]) -> dict[str, Interval |
 def difference(one: Mapping[str, Sequence[Any]], other: Mapping[str, Sequence[Any]], metric: str) -> Interval | None:
     """Interval of ``one - other`` on the same rows; one that holds 0 is within noise."""
     if metric == "loss":
-        columns = [one["loss_sums"], other["loss_sums"], one["loss_counts"]]
+        columns = [one["loss_sum"], other["loss_sum"], one["loss_tokens"]]
         return interval(lambda a, b, n: float((a.sum() - b.sum()) / n.sum()), *columns)
     key = {"accuracy": "label_right", "exact_match": "text_right"}[metric]
     return interval(lambda a, b: float(np.mean(a) - np.mean(b)), one[key], other[key])

@@ -8,7 +8,7 @@ from typing import Any
 from lorafleet.config.training import RunConfig, TrainingConfig
 from lorafleet.data.store import TokenRow
 from lorafleet.errors import TrainingError
-from lorafleet.evaluation.token_loss import LossModel, mean_losses
+from lorafleet.evaluation.token_loss import LossModel, mean_loss, row_losses
 from lorafleet.lora import Slots
 from lorafleet.models.load import Base
 from lorafleet.training.loop import Population
@@ -64,7 +64,7 @@ def find_rate(
         own = training.model_copy(update={"learning_rate": rate, "max_steps": steps})
         if train_briefly(loss_model, slots, own, rows, run).progress.status == "failed":
             return math.inf
-        ((loss, _),) = mean_losses(loss_model, held_out, [0], run.per_device_eval_batch_size)
+        loss = mean_loss(row_losses(loss_model, held_out, 0, run.per_device_eval_batch_size))
         logger.info("learning rate %.1e: held-out loss %.4f after %d steps", rate, loss, steps)
         return loss if math.isfinite(loss) else math.inf
 

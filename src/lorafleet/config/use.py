@@ -69,7 +69,7 @@ class EvaluationConfig(Section):
         "carry an answer or references.",
         names=("exact_match",),
     )
-    predictions: str | None = knob(None, "Write one JSON line per row with prompt, reference and predictions.")
+    predictions: str | None = knob(None, "Write one JSON line per row with prompt, reference, loss and predictions.")
     base: bool = knob(True, "Measure the base beside the adapter.", names=("with_base",))
 
 

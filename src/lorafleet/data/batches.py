@@ -97,6 +97,7 @@ class FlatBatch:
         lengths: Tokens of each sequence.
         slots: Slot of each part.
         part_rows: Sequences of each part.
+        order: Of each sequence, which of its part's rows it is.
         part_targets: Targets of each part.
         part_prompts: Tokens at the beginning that all rows of a part have in common; 0 where sharing them saves little.
         positions: ``(targets,)``, the flat position whose logits predict each target.
@@ -109,6 +110,7 @@ class FlatBatch:
     lengths: tuple[int, ...]
     slots: tuple[int, ...]
     part_rows: tuple[int, ...]
+    order: tuple[int, ...]
     part_targets: tuple[int, ...]
     part_prompts: tuple[int, ...]
     positions: Tensor
@@ -159,7 +161,9 @@ def collate(parts: Sequence[Part]) -> FlatBatch:
 
     A row ends before its last target: what comes from there on predicts nothing, and nothing looks back at it.
     """
-    laid = [sorted((_needed(row) for row in part.rows), key=lambda pair: len(pair[0])) for part in parts]
+    needed = [[_needed(row) for row in part.rows] for part in parts]
+    orders = [sorted(range(len(rows)), key=lambda i, rows=rows: len(rows[i][0])) for rows in needed]
+    laid = [[rows[i] for i in order] for rows, order in zip(needed, orders, strict=True)]
     positions, targets, start = list[NDArray[np.int64]](), list[NDArray[np.int64]](), 0
     for ids, where, wanted in (row for rows in laid for row in rows):
         positions.append(where + start)
@@ -171,6 +175,7 @@ def collate(parts: Sequence[Part]) -> FlatBatch:
         lengths=tuple(len(ids) for rows in laid for ids, *_ in rows),
         slots=tuple(part.slot for part in parts),
         part_rows=tuple(len(part.rows) for part in parts),
+        order=tuple(i for order in orders for i in order),
         part_targets=tuple(part_targets),
         part_prompts=tuple(_common_beginning([ids for ids, *_ in rows]) for rows in laid),
         positions=torch.from_numpy(np.concatenate(positions)),

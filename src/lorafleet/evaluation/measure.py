@@ -12,7 +12,7 @@ from lorafleet.errors import DataError
 from lorafleet.evaluation.labels import choose_labels
 from lorafleet.evaluation.metrics import is_right, label_scores
 from lorafleet.evaluation.text_metrics import text_scores
-from lorafleet.evaluation.token_loss import LossModel, mean_losses
+from lorafleet.evaluation.token_loss import LossModel, mean_loss, row_losses
 from lorafleet.generation import answer_text, generate_ids
 from lorafleet.lora import Slots
 from lorafleet.models.load import Base
@@ -41,7 +41,8 @@ def measure(
         rows: What to measure on.
         batch_size: Rows in a batch.
         generation: Generate an answer to every row that has a prompt and compare it with its references.
-        predictions: Gets one mapping for each row appended: what was predicted, and whether that is right.
+        predictions: Gets one mapping for each row appended: its summed loss in nats and over how many
+            tokens, what was predicted, and whether that is right.
 
     Returns:
         ``loss`` (nats per supervised token) and ``perplexity``; ``accuracy`` and ``macro_f1`` for label rows;
@@ -53,8 +54,10 @@ def measure(
     if not rows:
         raise DataError("there are no rows to measure on")
     found: list[dict[str, Any]] = [{} for _ in rows]
-    ((loss, _),) = mean_losses(LossModel(base.model, bank, base.tokenizer.pad_token_id), rows, [slot], batch_size)
-    metrics = loss_metrics(loss)
+    losses = row_losses(LossModel(base.model, bank, base.tokenizer.pad_token_id), rows, slot, batch_size)
+    for entry, (loss, count) in zip(found, losses, strict=True):
+        entry |= {"loss_sum": loss, "loss_tokens": count}
+    metrics = loss_metrics(mean_loss(losses))
     if data.task == "label":
         metrics |= _label_metrics(base, bank, slot, data, rows, batch_size, found)
     if generation is not None:

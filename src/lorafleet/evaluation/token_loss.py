@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from lorafleet.data.batches import FlatBatch, Part, TrainRow, collate
+from lorafleet.data.batches import FlatBatch, Part, TrainRow, collate, count_targets
 from lorafleet.generation.pace import Pace
 from lorafleet.lora import Routing, Slots
 from lorafleet.lora.layer import mix_key
@@ -222,41 +222,31 @@ class LossModel:
 
 
 def row_losses(loss_model: LossModel, rows: Sequence[TrainRow], slot: int, batch_size: int) -> list[tuple[float, int]]:
-    """Summed cross-entropy in nats, and number of supervised tokens, of every row, without gradients."""
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].input_ids))
-    found: dict[int, tuple[float, int]] = {}
-    with torch.no_grad():
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            batch = collate([Part(slot, [rows[i]]) for i in chosen])
-            found.update(zip(chosen, zip(loss_model(batch).parts, batch.part_targets, strict=True), strict=True))
-    return [found[i] for i in range(len(rows))]
-
-
-def mean_losses(
-    loss_model: LossModel, rows: Sequence[TrainRow], slots: Sequence[int], batch_size: int
-) -> list[tuple[float, int]]:
-    """Mean cross-entropy of the same rows under several slots at once, without gradients.
+    """Summed cross-entropy in nats, and number of supervised tokens, of every row, without gradients.
 
     Args:
         loss_model: The base and its bank.
         rows: Rows to measure.
-        slots: Slots to measure with, each on all rows; -1 is the bare base.
-        batch_size: Rows of each slot in a batch.
-
-    Returns:
-        For each slot, the mean over all supervised tokens in nats, and their number.
+        slot: Slot to measure with; -1 is the bare base.
+        batch_size: Rows in a batch.
     """
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].input_ids))
-    sums: list[list[float]] = [[] for _ in slots]
-    counts = [0] * len(slots)
+    found: dict[int, tuple[float, int]] = {}
     pace = Pace("rows measured", len(order))
     with torch.no_grad():
         for start in range(0, len(order), batch_size):
-            chosen = [rows[i] for i in order[start : start + batch_size]]
-            batch = collate([Part(slot, chosen) for slot in slots])
-            for number, (loss, count) in enumerate(zip(loss_model(batch).parts, batch.part_targets, strict=True)):
-                sums[number].append(loss)
-                counts[number] += count
+            chosen = order[start : start + batch_size]
+            batch = collate([Part(slot, [rows[i] for i in chosen])])
+            laid = [chosen[number] for number in batch.order]
+            counts = [count_targets([rows[i]]) for i in laid]
+            losses = loss_model.losses(batch)[1] if sum(counts) else batch.weights
+            sums = [float(part.sum()) for part in losses.split(counts)]
+            found.update(zip(laid, zip(sums, counts, strict=True), strict=True))
             pace.add(len(chosen))
-    return [(math.fsum(s) / n if n else math.nan, n) for s, n in zip(sums, counts, strict=True)]
+    return [found[i] for i in range(len(rows))]
+
+
+def mean_loss(measured: Sequence[tuple[float, int]]) -> float:
+    """Nats per supervised token from each row's sum and count; no number where nothing is supervised."""
+    count = sum(n for _, n in measured)
+    return math.fsum(loss for loss, _ in measured) / count if count else math.nan

@@ -9,7 +9,7 @@ from itertools import zip_longest
 from lorafleet.config.training import RunConfig, ValidationConfig
 from lorafleet.data.batches import collate
 from lorafleet.errors import Interrupted, TrainingError
-from lorafleet.evaluation.token_loss import LossModel, mean_losses
+from lorafleet.evaluation.token_loss import LossModel, mean_loss, row_losses
 from lorafleet.lora import Slots
 from lorafleet.models.machine import is_out_of_memory
 from lorafleet.training.events import Evaluated, Event, Failed, Finished, Observer, Pruned, StepDone
@@ -180,7 +180,7 @@ class Population:
         self.bank.eval()
         for member in due:
             size = self.run.per_device_eval_batch_size
-            ((eval_loss, _),) = mean_losses(self.loss_model, member.eval_rows, [member.slot], size)
+            eval_loss = mean_loss(row_losses(self.loss_model, member.eval_rows, member.slot, size))
             best = member.note_evaluation(eval_loss)
             self._tell(Evaluated(member.name, member.progress.step, eval_loss, best))
         if self.queue:
