@@ -162,7 +162,7 @@ def collate(parts: Sequence[Part]) -> FlatBatch:
     A row ends before its last target: what comes from there on predicts nothing, and nothing looks back at it.
     """
     needed = [[_needed(row) for row in part.rows] for part in parts]
-    orders = [sorted(range(len(rows)), key=lambda i, rows=rows: len(rows[i][0])) for rows in needed]
+    orders = [sorted(range(len(rows)), key=[len(ids) for ids, *_ in rows].__getitem__) for rows in needed]
     laid = [[rows[i] for i in order] for rows, order in zip(needed, orders, strict=True)]
     positions, targets, start = list[NDArray[np.int64]](), list[NDArray[np.int64]](), 0
     for ids, where, wanted in (row for rows in laid for row in rows):
