@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -33,6 +34,7 @@ CENTRE: dict[str, Any] = {
     "warmup_ratio": 0.03,
     "weight_decay": 0.0,
     "lr_scheduler_type": "linear",
+    "per_device_train_batch_size": 8,
 }
 MOVES: dict[str, tuple[Any, ...]] = {
     "learning_rate": (1e-4, 2e-4, 5e-4, 2e-3, 4e-3),
@@ -43,28 +45,32 @@ MOVES: dict[str, tuple[Any, ...]] = {
     "warmup_ratio": (0.1, 0.2),
     "weight_decay": (0.1,),
     "lr_scheduler_type": ("cosine", "constant"),
+    "per_device_train_batch_size": (2, 4, 16, 32),
 }
-SETTINGS = [CENTRE, *(CENTRE | {knob: value} for knob, values in MOVES.items() for value in values)]
-NAMES = ["centre", *(f"{knob} {value}" for knob, values in MOVES.items() for value in values)]
 
 
 @click.command(help=(__doc__ or "").partition("\n\n")[2], context_settings={"show_default": True})
 @click.option("--data", "sets", type=click.Path(exists=True), multiple=True, required=True, help="Rows.")
 @click.option("--model", default="smollm2-135m", help="The base.")
-@click.option("--steps", type=click.IntRange(4), default=60, help="Of 8 rows.")
+@click.option(
+    "--knob", "knobs", type=click.Choice(list(MOVES)), multiple=True, default=list(MOVES), help="What to move."
+)
+@click.option("--steps", type=click.IntRange(4), default=60, help="Of 8 rows; as many rows in steps of others.")
 @click.option("--seeds", type=click.IntRange(1), default=2, help="Runs of each setting; 2 or more tell the spread.")
 @click.option("--eval-rows", type=click.IntRange(1), default=100, help="Held-out rows.")
 @click.option("--threads", type=click.IntRange(1), default=os.cpu_count(), help="CPU threads.")
 @click.option("--output", type=click.Path(path_type=Path), default=Path("benchmarks/results/evidence.json"))
-def main(sets: tuple[str, ...], output: Path, **options: Any) -> None:
+def main(sets: tuple[str, ...], knobs: tuple[str, ...], output: Path, **options: Any) -> None:
     """Parse, measure, print; sets that are in the file already stay."""
-    report = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {"sets": {}}
-    report["names"] = NAMES
+    moved = settings(knobs)
+    report = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {"sets": {}, "names": list(moved)}
+    if report["names"] != list(moved):
+        raise click.BadParameter(f"{output} holds other settings; name another file", param_hint="--output")
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
         for data in sets:
             with tempfile.TemporaryDirectory(prefix="lorafleet-benchmark-") as folder:
-                losses = _losses(data, Path(folder), **options)
+                losses = _losses(data, Path(folder), list(moved.values()), **options)
             finished = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
             made_by = {"machine": machine_facts(), "settings": options, "finished": finished}
             report["sets"][Path(data).name] = {"losses": losses, **made_by}
@@ -77,12 +83,25 @@ def main(sets: tuple[str, ...], output: Path, **options: Any) -> None:
     click.echo(f"wrote {output}", err=True)
 
 
+def settings(knobs: Sequence[str] = tuple(MOVES)) -> dict[str, dict[str, Any]]:
+    """By name, the centre and every setting that has one of these knobs moved."""
+    moves = {f"{knob} {value}": CENTRE | {knob: value} for knob in knobs for value in MOVES[knob]}
+    return {"centre": CENTRE, **moves}
+
+
 def _losses(
-    data: str, folder: Path, model: str, steps: int, seeds: int, eval_rows: int, threads: int
+    data: str,
+    folder: Path,
+    moved: list[dict[str, Any]],
+    model: str,
+    steps: int,
+    seeds: int,
+    eval_rows: int,
+    threads: int,
 ) -> list[list[float | None]]:
-    """The loss of every seed of every setting, in the order of :data:`NAMES`; none where it became no number."""
+    """The loss of every seed of every setting, in their order; none where it became no number."""
     space = folder / "search.yml"
-    space.write_text(json.dumps({"space": {"linked": [SETTINGS]}}), encoding="utf-8")
+    space.write_text(json.dumps({"space": {"linked": [moved]}}), encoding="utf-8")
     command = ["lorafleet", "tune", str(space), "--model", model, "--data", str(Path(data).resolve()), "--no-pruning"]
     command += ["--output-dir", str(folder / "search"), "--max-steps", str(steps), "--seeds-per-trial", str(seeds)]
     command += ["--sampler", "grid", "--max-eval-rows", str(eval_rows), "--num-threads", str(threads), "--json"]
@@ -91,7 +110,7 @@ def _losses(
     for trial in json.loads(printed)["trials"]:
         key = json.dumps([trial["settings"][name] for name in CENTRE])
         found[key] = [run["loss"] for run in trial["runs"].values()] if trial["runs"] else [None]
-    return [found[json.dumps([one[name] for name in CENTRE])] for one in SETTINGS]
+    return [found[json.dumps([one[name] for name in CENTRE])] for one in moved]
 
 
 def table(report: dict[str, Any]) -> Table:
