@@ -111,12 +111,18 @@ def test_methods_that_failed_are_rows_and_sentences() -> None:
 
 
 def test_what_the_numbers_cannot_say() -> None:
-    rates = {"rate": 1e-3, "steps": 2, "at_end": True, "runs": [{}, {}]}
+    rates = {"rate": 1e-3, "steps": 2, "at_end": True, "runs": [{}, {}], "given_up": [1.0]}
     full, other = row("full", 160, 1000, rates=rates), row("lora", 150, 10, tokens=900)
     result = compared(100, full, other, split="valid")
     result.base["dtype"] = "bfloat16"
     text = "\n".join(notes(result))
-    told = ("full: the best rate was the last", "not trained on equally many", "no test rows", "in bfloat16, where")
+    told = (
+        "full: 1.0e+00 did best in the short runs, and diverged",
+        "full: the best rate was the last",
+        "not trained on equally many",
+        "no test rows",
+        "in bfloat16, where",
+    )
     assert all(said in text for said in told)
     plain = "\n".join(notes(compared(100, row("full", 160, 1000), row("lora", 150, 10))))
     assert not any(said in plain for said in told)

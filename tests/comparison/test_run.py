@@ -12,10 +12,16 @@ from typing import Any
 import pytest
 
 import lorafleet
+from lorafleet.comparison import run
+from lorafleet.comparison.jobs import Job
 from lorafleet.comparison.result import CompareResult
 from lorafleet.comparison.run import compare
+from lorafleet.config.compare import CompareConfig
+from lorafleet.config.training import TrainingConfig
 from lorafleet.config.yaml_text import dump_mapping
-from lorafleet.errors import CheckpointError, ConfigError, DataError, Interrupted
+from lorafleet.errors import CheckpointError, ConfigError, DataError, Interrupted, TrainingError
+from lorafleet.files.atomic import write_json
+from lorafleet.methods.method import Method
 from tests.training.test_resume import make_place
 
 
@@ -166,6 +172,36 @@ def test_learning_rates_are_found(place: Path) -> None:
     assert row["rates"]["rate"] == runs[best]["rate"]
     assert row["rates"]["at_end"] == (best in (0, len(runs) - 1))
     assert len(runs) == 6 or not row["rates"]["at_end"]
+
+
+def test_a_rate_that_does_not_hold_gives_way_to_the_next_lower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [
+        {"rate": 0.01, "loss": 0.9},
+        {"rate": 0.1, "loss": 0.6},
+        {"rate": 1.0, "loss": 0.5},
+        {"rate": 10.0, "loss": None},
+    ]
+    parts: dict[Any, dict[str, Any]] = {
+        run.search_rate: {"rate": 1.0, "runs": runs},
+        1.0: {"failed": "stopped in step 3"},
+        0.1: {"metrics": {"loss": 0.8}},
+        0.01: {"metrics": {"loss": 0.95}},
+    }
+
+    def run_job(function: Any, path: Path, job: Job, *arguments: float) -> dict[str, Any]:
+        (tmp_path / "train").mkdir(exist_ok=True)
+        write_json(path, parts[arguments[0] if arguments else function])
+        return dict(json.loads(path.read_text()))
+
+    monkeypatch.setattr(run, "run_job", run_job)
+    settings: Any = (None,) * 7
+    job = Job(settings, Method("lora", "lora", None, TrainingConfig()), tmp_path, 4)
+    assert run._train(job, CompareConfig()) == (0.01, parts[0.01])
+    assert json.loads((tmp_path / "rate.json").read_text())["given_up"] == [1.0, 0.1]
+    parts[0.01] = parts[1.0]
+    with pytest.raises(TrainingError, match="stopped in step 3"):
+        run._train(job, CompareConfig())
+    assert not (tmp_path / "train.json").exists()
 
 
 def test_faults_are_named_before_anything_is_trained(place: Path) -> None:

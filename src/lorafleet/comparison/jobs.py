@@ -105,7 +105,7 @@ def search_rate(job: Job) -> dict[str, Any]:
 
 
 def train_method(job: Job, rate: float) -> dict[str, Any]:
-    """Train as ``lorafleet train`` does, and read what it has left."""
+    """Train as ``lorafleet train`` does, and read what it has left; ``failed`` is why, where the loss was no number."""
     model, data, _, _, validation, run, _ = job.settings
     folder = job.folder / "train"
     begun = newest_checkpoint(folder) is not None
@@ -114,10 +114,12 @@ def train_method(job: Job, rate: float) -> dict[str, Any]:
     knobs: dict[str, Any] = {}
     for section in (model, data, job.training(rate), validation, own_run):
         knobs |= section.model_dump()
-    if isinstance(job.method.config, LoraConfig):
-        result = train(knobs | job.method.config.model_dump()).as_dict()
-    else:
-        result = train(knobs | {"method": job.method.words}).as_dict()
+    own = job.method.config
+    knobs |= own.model_dump() if isinstance(own, LoraConfig) else {"method": job.method.words}
+    try:
+        result = train(knobs).as_dict()
+    except TrainingError as error:
+        return {"failed": str(error)}
     lines = [json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()]
     result["curve"] = [{key: line[key] for key in ("step", "loss", "eval_loss") if key in line} for line in lines]
     return result

@@ -162,6 +162,10 @@ def notes(result: CompareResult) -> list[str]:
         steps = searched[0]["rates"]["steps"]
         tried = ", ".join(f"{row['name']} {len(row['rates']['runs'])}" for row in searched)
         found.append(f"Learning rates: the best of short runs of {steps} steps each; runs: {tried}.")
+        for row in searched:
+            if given_up := row["rates"].get("given_up"):
+                rates = ", ".join(f"{rate:.1e}" for rate in given_up)
+                found.append(f"{row['name']}: {rates} did best in the short runs, and diverged in the whole training.")
         ends = [row["name"] for row in searched if row["rates"]["at_end"]]
         if ends:
             found.append(f"{', '.join(ends)}: the best rate was the last that was tried; a better one may lie beyond.")

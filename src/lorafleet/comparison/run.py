@@ -22,7 +22,7 @@ from lorafleet.config.model import ModelConfig
 from lorafleet.config.training import RunConfig, TrainingConfig, ValidationConfig
 from lorafleet.data.batches import Schedule
 from lorafleet.data.load import Data, load_data
-from lorafleet.errors import ConfigError, DataError, Interrupted, LorafleetError, raise_all
+from lorafleet.errors import ConfigError, DataError, Interrupted, LorafleetError, TrainingError, raise_all
 from lorafleet.files.atomic import write_json
 from lorafleet.methods.method import Method, find_methods
 from lorafleet.models.load import load_meta_model, load_tokenizer
@@ -87,6 +87,38 @@ def compare(config: Mapping[str, Any] | str | Path | None = None, /, **knobs: An
         return result
 
 
+WORSE = 1.2
+"""A whole training that ends at so many times the loss of its rate's short run has diverged; rows differ by less."""
+
+
+def _train(job: Job, own: CompareConfig) -> tuple[float, dict[str, Any]]:
+    """Train at the rate that the short runs found; where that does not hold for so long, at the next lower of theirs.
+
+    Raises:
+        TrainingError: The loss was no number, and there is no lower rate to try.
+    """
+    folder, name = job.folder, job.method.name
+    found: dict[str, Any] = {"rate": job.method.training.learning_rate, "runs": []}
+    if own.tune_lr:
+        logger.info("%s: finding its learning rate", name)
+        found = run_job(search_rate, folder / "rate.json", job)
+    known = {run["rate"]: run["loss"] for run in found["runs"] if run["loss"] is not None}
+    while True:
+        rate = found["rate"]
+        logger.info("%s: training at learning rate %.1e", name, rate)
+        trained = run_job(train_method, folder / "train.json", job, rate)
+        failed, lower = trained.get("failed"), max((one for one in known if one < rate), default=None)
+        if not failed and (lower is None or trained["metrics"]["loss"] <= WORSE * known[rate]):
+            return rate, trained
+        (folder / "train.json").unlink()
+        if lower is None:
+            raise TrainingError(failed)
+        logger.warning("%s: learning rate %.1e does not hold: %s", name, rate, failed or "the held-out loss rose again")
+        shutil.rmtree(folder / "train")
+        found |= {"rate": lower, "given_up": [*found.get("given_up", []), rate]}
+        write_json(folder / "rate.json", found)
+
+
 def _measure(job: Job, own: CompareConfig) -> None:
     """Do all parts of one method that are not there; a part that fails ends this method and no other."""
     name, folder = job.method.name, job.folder
@@ -98,12 +130,7 @@ def _measure(job: Job, own: CompareConfig) -> None:
         {"name": name, "kind": job.method.kind, "options": job.method.options, "steps": job.steps},
     )
     try:
-        rate = job.method.training.learning_rate
-        if own.tune_lr:
-            logger.info("%s: finding its learning rate", name)
-            rate = run_job(search_rate, folder / "rate.json", job)["rate"]
-        logger.info("%s: training", name)
-        trained = run_job(train_method, folder / "train.json", job, rate)
+        rate, trained = _train(job, own)
         for count in sorted({count for count in own.small_rows if count < trained["rows"]["used"]} - {0}):
             logger.info("%s: training on %d rows", name, count)
             run_job(overfit, folder / f"small-{count}.json", job, rate, count)
