@@ -11,6 +11,8 @@ IN, OUT, R = 5, 7, 3
 
 LAYOUTS = {
     "one segment": [LoraSegment(0, 0, 12, 3, 2.0)],
+    "one segment with a bias": [LoraSegment(1, 0, 12, 2, 1.5, trains_bias=True)],
+    "a bias alone": [LoraSegment(2, 0, 12, 0, 0.0, trains_bias=True)],
     "distinct, equal lengths": [LoraSegment(k, 4 * k, 4 * k + 4, 3, 0.5 + k) for k in range(3)],
     "mixed ranks, equal lengths": [LoraSegment(k, 4 * k, 4 * k + 4, k + 1, 0.5 + k) for k in range(3)],
     "ragged": [LoraSegment(2, 0, 1, 2, 1.0), LoraSegment(0, 1, 9, 3, 0.25), LoraSegment(1, 9, 12, 1, 4.0)],
@@ -62,6 +64,8 @@ def test_equals_the_reference_forward_and_backward(
     fast, slow = tensors(dtype, segments), tensors(dtype, segments)
     y, expected = lora_linear(fast, segments), lora_linear_reference(slow["x"], layer(slow, segments))
     torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
+    with torch.no_grad():
+        torch.testing.assert_close(lora_linear(fast, segments), expected, rtol=tolerance, atol=tolerance)
     weight = torch.randn(y.shape, dtype=dtype, generator=torch.Generator().manual_seed(2))
     (y * weight).sum().backward()
     (expected * weight).sum().backward()
