@@ -193,7 +193,9 @@ def use_method(job: Job, trained: Mapping[str, Any]) -> dict[str, Any]:
     other = DataConfig(data=GENERAL, max_length=data_config.max_length, chat_template=data_config.chat_template)
     general = list(load_data(other, base.tokenizer).splits["test"])
     loss_model = LossModel(base.model, slots, base.tokenizer.pad_token_id)
-    some = {"general": general, "train": sample(data.splits["train"], len(rows)), "held_out": held_out_rows(data, run)}
+    some = {"general": general}
+    if trained["method"] != "base":
+        some["train"] = sample(data.splits["train"], len(rows))
     for name, chosen in some.items():
         found[f"{name}_loss"] = mean_loss(row_losses(loss_model, chosen, slot, size))
     prompts = [[int(token) for token in row.input_ids[: row.prompt_length or len(row.input_ids) // 2]] for row in rows]

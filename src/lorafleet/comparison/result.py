@@ -124,7 +124,7 @@ def _row(parts: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
         "forgetting": use["general_loss"] - base["general_loss"],
         "gaps": [
             *({name: part[name] for name in ("rows", "train_loss", "eval_loss")} for part in _by_rows(small)),
-            {"rows": train["rows"]["used"], "train_loss": use["train_loss"], "eval_loss": use["held_out_loss"]},
+            {"rows": train["rows"]["used"], "train_loss": use["train_loss"], "eval_loss": train["metrics"]["loss"]},
         ],
     }
 
