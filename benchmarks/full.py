@@ -1,8 +1,8 @@
 """``python -m benchmarks.full``: full fine-tuning here against ``transformers.Trainer``, each at its best rate.
 
-Both start from the same base and train on the same rows, each in its own random order, with the same learning rate,
-linear schedule, warm-up, AdamW and clipping, at several rates and with several seeds. What is compared is the loss on
-the same held-out rows at the end, the mean of the seeds at the rate that suits each best. Results go to stdout and into
+Both start from the same base and train on the same rows in the same order, with the same learning rate, linear
+schedule, warm-up, AdamW and clipping, at several rates and with several seeds, each an order of its own. What is
+compared is the loss on the same held-out rows at the end, the mean of the seeds at the rate that suits each best. Results go to stdout and into
 a JSON file.
 """
 
@@ -21,11 +21,12 @@ from rich.table import Table
 
 from benchmarks.job import write_json
 from benchmarks.machine import machine_facts
-from benchmarks.process import run_module, run_watched
+from benchmarks.process import BenchmarkError, run_module, run_watched
 from benchmarks.rows import labelled
 from lorafleet.config.data import DataConfig
 from lorafleet.config.model import ModelConfig
 from lorafleet.config.training import TrainingConfig
+from lorafleet.data.batches import Schedule
 from lorafleet.data.load import load_data
 from lorafleet.errors import LorafleetError
 from lorafleet.models.load import load_tokenizer
@@ -72,13 +73,16 @@ def benchmark(
     """Train everything; what is known is written after each seed: by way and rate, the loss of every seed.
 
     Raises:
-        BenchmarkError: A process failed.
+        BenchmarkError: A process failed, or there are too few rows.
     """
     config = ModelConfig(model_name_or_path=model)
+    size = TrainingConfig().per_device_train_batch_size
     splits = load_data(DataConfig(data=data), load_tokenizer(config)).splits
+    count = len(splits["train"])
+    if steps * size > count:
+        raise BenchmarkError(f"{steps} steps of {size} rows are more than the {count} of one pass; lower --steps")
     job = {
         "model": find_source(config).path,
-        "rows": [labelled(splits["train"][i]) for i in range(len(splits["train"]))],
         "eval_rows": [labelled(splits["valid"][i]) for i in range(min(eval_rows, len(splits["valid"])))],
         "rates": rates,
         "steps": steps,
@@ -95,9 +99,12 @@ def benchmark(
     command += ["--save-strategy", "no", "--eval-strategy", "no", "--output-dir", str(folder / "run"), "--overwrite"]
     for seed in range(42, 42 + seeds):
         for rate in rates:
-            own = ["--seed", str(seed), "--learning-rate", str(rate)]
-            ours[f"{rate:g}"].append(_held_out_loss([*command, *own], threads))
-        losses, _ = run_module(WAYS[1], "full_trainer", job | {"seed": seed}, folder, threads)
+            knobs = ["--seed", str(seed), "--learning-rate", str(rate)]
+            ours[f"{rate:g}"].append(_held_out_loss([*command, *knobs], threads))
+        schedule = Schedule(count, size, 1, seed)
+        order = [i for step in range(steps) for batch in schedule.window(step) for i in batch]
+        own = {"seed": seed, "rows": [labelled(splits["train"][i]) for i in order]}
+        losses, _ = run_module(WAYS[1], "full_trainer", job | own, folder, threads)
         for rate, loss in zip(rates, losses, strict=True):
             theirs[f"{rate:g}"].append(loss)
         report["finished"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -20,6 +20,7 @@ def run(job: dict[str, Any]) -> list[float]:
         model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
         with tempfile.TemporaryDirectory() as folder:
             trainer = plain_trainer(model, tokenizer, job | {"learning_rate": rate}, folder, train_dataset=rows)
+            trainer.args.train_sampling_strategy = "sequential"  # the rows come in the order of lorafleet's steps
             trainer.train()
         losses.append(_held_out_loss(model.eval(), job["eval_rows"]))
     return losses
