@@ -2,8 +2,8 @@
 
 Both start from the same base and train on the same rows in the same order, with the same learning rate, linear
 schedule, warm-up, AdamW and clipping, at several rates and with several seeds, each an order of its own. What is
-compared is the loss on the same held-out rows at the end, the mean of the seeds at the rate that suits each best. Results go to stdout and into
-a JSON file.
+compared is the loss on the same held-out rows at the end, the mean of the seeds at the rate that suits each best.
+Results go to stdout and into a JSON file.
 """
 
 import datetime
