@@ -40,20 +40,22 @@ ROWS_OF_A_STEP = TrainingConfig().per_device_train_batch_size
 @click.option("--threads", type=click.IntRange(1), default=os.cpu_count(), help="CPU threads.")
 @click.option("--output", type=click.Path(path_type=Path), default=Path("benchmarks/results/advise.json"))
 def main(sets: tuple[str, ...], output: Path, **options: Any) -> None:
-    """Parse, measure, print; what is known is written after each set."""
-    report: dict[str, Any] = {"machine": machine_facts(), "settings": options, "sets": {}}
+    """Parse, measure, print; what is known is written after each set, and other sets in the file stay."""
+    report = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {"sets": {}}
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
         for data in sets:
             with tempfile.TemporaryDirectory(prefix="lorafleet-benchmark-") as folder:
-                report["sets"][Path(data).name] = _compare(str(Path(data).resolve()), Path(folder), **options)
-            report["finished"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+                found = _compare(str(Path(data).resolve()), Path(folder), **options)
+            finished = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+            made_by = {"machine": machine_facts(), "settings": options, "finished": finished}
+            report["sets"][Path(data).name] = found | made_by
             write_json(output, report)
     except LorafleetError as error:
         click.echo(f"benchmarks.advise: {error}", err=True)
         sys.exit(1)
     Console(width=None if sys.stdout.isatty() else 140).print(_table(report))
-    configs = {json.dumps(one["advice"], sort_keys=True) for one in report["sets"].values()}
+    configs = {json.dumps(one["config"], sort_keys=True) for one in report["sets"].values()}
     click.echo(f"{len(configs)} different configs for {len(report['sets'])} sets; wrote {output}")
 
 
@@ -80,20 +82,30 @@ def _compare(
             result = json.loads(run_watched(f"lorafleet eval, {way}", command, threads)[0])
             losses[way].append(result["metrics"]["adapter"]["loss"])
             click.echo(f"{Path(data).name}, seed {seed}, {way}: loss {losses[way][-1]:.4f}", err=True)
-    return {"advice": advice, **losses}
+    return {"config": advice, "losses": losses}
 
 
 def _table(report: dict[str, Any]) -> Table:
-    settings = report["settings"]
-    table = Table(title=f"loss on test rows after training on {settings['rows']}, mean of {settings['seeds']} seeds")
-    for column in ("set", "defaults", "advice", "difference", "spread of seeds", "the advice is"):
+    table = Table(title="loss on test rows, mean of the seeds")
+    for column in (
+        "set",
+        "rows trained on",
+        "seeds",
+        "defaults",
+        "advice",
+        "difference",
+        "spread of seeds",
+        "the advice is",
+    ):
         table.add_column(column)
     for name, one in report["sets"].items():
-        means = [fmean(one[way]) for way in WAYS]
-        spread = max(max(one[way]) - min(one[way]) for way in WAYS)
+        losses, settings = one["losses"], one["settings"]
+        means = [fmean(losses[way]) for way in WAYS]
+        spread = max(max(losses[way]) - min(losses[way]) for way in WAYS)
         gain = means[1] - means[0]
         word = "no different" if abs(gain) <= spread else "better" if gain < 0 else "worse"
-        table.add_row(name, f"{means[0]:.4f}", f"{means[1]:.4f}", f"{gain:+.4f}", f"{spread:.4f}", word)
+        counts = [str(settings[key]) for key in ("rows", "seeds")]
+        table.add_row(name, *counts, f"{means[0]:.4f}", f"{means[1]:.4f}", f"{gain:+.4f}", f"{spread:.4f}", word)
     return table
 
 

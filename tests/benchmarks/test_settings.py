@@ -57,5 +57,6 @@ def test_every_setting_of_the_evidence_is_one_that_trains() -> None:
     ("advised", "word"), [([0.5, 0.52], "better"), ([0.99, 1.0], "no different"), ([1.4, 1.5], "worse")]
 )
 def test_advice_is_judged_by_the_spread_of_seeds(advised: list[float], word: str) -> None:
-    report = {"settings": {"rows": 8, "seeds": 2}, "sets": {"rows": {"defaults": [1.0, 1.02], "advice": advised}}}
+    one = {"settings": {"rows": 8, "seeds": 2}, "losses": {"defaults": [1.0, 1.02], "advice": advised}}
+    report = {"sets": {"rows": one}}
     assert word in shown(advise._table(report))
