@@ -240,7 +240,7 @@ def row_losses(loss_model: LossModel, rows: Sequence[TrainRow], slot: int, batch
             laid = [chosen[number] for number in batch.order]
             counts = [count_targets([rows[i]]) for i in laid]
             losses = loss_model.losses(batch)[1] if sum(counts) else batch.weights
-            sums = [float(part.sum()) for part in losses.split(counts)]
+            sums = torch.stack([part.sum() for part in losses.split(counts)]).tolist()  # one wait for an accelerator
             found.update(zip(laid, zip(sums, counts, strict=True), strict=True))
             pace.add(len(chosen))
     return [found[i] for i in range(len(rows))]
