@@ -11,8 +11,8 @@ from lorafleet.comparison.result import CompareResult, _rank
 ROWS = 200
 
 
-def row(name: str, right: int, parameters: int, **more: Any) -> dict[str, Any]:
-    """A method with so many of 200 rows right, the first ones."""
+def row(name: str, right: int, parameters: int, loss: float = 1.0, **more: Any) -> dict[str, Any]:
+    """A method with so many of 200 rows right, the first ones, and the same loss on all of them."""
     speed = {"first_token": 0.1, "single": 10.0, "batch": 40.0}
     return {
         "name": name,
@@ -33,12 +33,16 @@ def row(name: str, right: int, parameters: int, **more: Any) -> dict[str, Any]:
         "load_seconds": 0.1,
         "speed": speed,
         "merged_speed": None,
-        "quality": {"accuracy": right / ROWS},
+        "quality": {"accuracy": right / ROWS, "loss": loss},
         "intervals": {},
         "general_loss": 3.0,
         "forgetting": 0.0,
         "gaps": [{"rows": 32, "train_loss": 1.0, "eval_loss": 1.5}, {"rows": 900, "train_loss": 1.0, "eval_loss": 1.0}],
-        "rows": {"label_right": [1.0] * right + [0.0] * (ROWS - right)},
+        "rows": {
+            "label_right": [1.0] * right + [0.0] * (ROWS - right),
+            "loss_sum": [loss] * ROWS,
+            "loss_tokens": [1] * ROWS,
+        },
         **more,
     }
 
@@ -79,6 +83,16 @@ def test_of_equals_the_smallest_is_named() -> None:
 def test_a_best_that_is_no_better_than_the_base_is_told_so() -> None:
     (first, *_) = conclusion(compared(100, row("lora", 101, 10)))
     assert first.endswith("the base's is 50.0%, which is within noise of it.")
+
+
+def test_what_accuracy_cannot_tell_loss_may() -> None:
+    methods = (row("full", 103, 1000, 0.5), row("lora", 101, 10, 0.4), row("prefix", 104, 1, 0.9))
+    found = conclusion(compared(100, *methods))
+    assert (
+        found[2]
+        == "Their loss, which tells more, differs from its 0.900 by more than noise: full (0.500) and lora (0.400)."
+    )
+    assert found[3] == "By loss lora, with 1.00% of the trained parameters, reached 120.0% of full fine-tuning's gain."
 
 
 def test_one_method_is_compared_with_nothing() -> None:

@@ -33,13 +33,25 @@ def _quality(result: CompareResult) -> Iterator[str]:
             f"Within noise of it: {_and([row['name'] for row in equals if row is not best])}. Of all these "
             f"{smallest['name']} trains the fewest parameters, {smallest['trainable_parameters']:,}."
         )
+    if merit != "loss" and (apart := [row for row in equals if row["by_loss"]["best"]]):
+        losses = [f"{row['name']} ({row['quality']['loss']:.3f})" for row in apart]
+        own = best["quality"]["loss"]
+        yield f"Their loss, which tells more, differs from its {own:.3f} by more than noise: {_and(losses)}."
     full = next((row for row in rows if row["kind"] == "full"), None)
     if full is not None:
-        yield from (_beside_full(row, full, before, merit) for row in rows if row["kind"] == "lora")
+        yield from (_beside_full(row, full, result.base["quality"], merit) for row in rows if row["kind"] == "lora")
 
 
-def _beside_full(row: Row, full: Row, before: float, merit: str) -> str:
-    """A share of full fine-tuning's gain where there is one beyond noise; else both in numbers."""
+def _beside_full(row: Row, full: Row, base: Mapping[str, float], merit: str) -> str:
+    """A share of full fine-tuning's gain where there is one beyond noise; else both in numbers.
+
+    What a merit of a few rows cannot tell apart, loss may.
+    """
+    if merit != "loss" and row["as_base"] and full["as_base"] and row["by_loss"]["base"] and full["by_loss"]["base"]:
+        by_loss = {"as_base": False}
+        lora = {**row, **by_loss, "as_full": not row["by_loss"]["full"]}
+        return f"By loss {_beside_full(lora, {**full, **by_loss}, base, 'loss')}"
+    before = base[merit]
     sign = -1 if merit in FALLING else 1
     gain, whole = (sign * (one["quality"][merit] - before) for one in (row, full))
     share = row["trainable_parameters"] / full["trainable_parameters"]

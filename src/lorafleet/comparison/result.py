@@ -37,7 +37,8 @@ class CompareResult:
         base: The base as it is: ``quality``, ``intervals``, ``speed``, ``general_loss``, ``dtype``, …
         methods: One mapping for each method, those with more trained parameters first. ``best``: whether it is;
             ``within_noise``, ``as_base``, ``as_full``: whether chance makes it differ so much from the best, from the
-            base, and from full fine-tuning; ``gaps``: losses on the rows that were seen and on held-out ones, after
+            base, and from full fine-tuning; ``by_loss``: whether its loss differs from theirs by more than that;
+            ``gaps``: losses on the rows that were seen and on held-out ones, after
             training as long on few rows and, last, after training on all.
         failed: Methods that could not be measured, with the reason.
     """
@@ -147,6 +148,11 @@ def _rank(base: dict[str, Any], measured: list[dict[str, Any]], merit: str) -> N
         row["within_noise"] = row is best or within_noise(row["rows"], best["rows"], merit)
         row["as_base"] = within_noise(row["rows"], base["rows"], merit)
         row["as_full"] = None if full is None else row is full or within_noise(row["rows"], full["rows"], merit)
+        rivals = {"best": best, BASE: base} | ({} if full is None else {"full": full})
+        row["by_loss"] = {
+            name: row is not rival and not within_noise(row["rows"], rival["rows"], "loss")
+            for name, rival in rivals.items()
+        }
 
 
 def _test_texts(base: dict[str, Any], measured: list[dict[str, Any]]) -> None:
