@@ -13,8 +13,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "lorafleet"
-LAYERS = ["errors", "config", "lora", "models", "files", "methods", "data", "generation", "evaluation", "training"]
-LAYERS += ["search", "estimation", "advice", "comparison", "registry", "fleet", "serving", "export", "cli"]
+LAYERS = ["errors", "pace", "config", "lora", "models", "files", "registry", "methods", "data", "generation"]
+LAYERS += ["evaluation", "training", "search", "estimation", "advice", "comparison", "fleets", "serving", "export"]
+LAYERS += ["cli"]
 FILES = sorted(SOURCE.rglob("*.py"))
 
 

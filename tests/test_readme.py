@@ -18,19 +18,18 @@ from typing import NamedTuple
 import click
 import pytest
 
-from lorafleet.cli.commands import COMMANDS, DATA_INSPECT, QUICKSTART, Command, app
+from lorafleet.cli.command import CONFIG, Command
+from lorafleet.cli.commands import EVERY, app
 from lorafleet.cli.flags import given_knobs
 from lorafleet.config import load_sections
 from lorafleet.errors import ConfigError
+from lorafleet.fleets.plan import read_plan
 
 ROOT = Path(__file__).parents[1]
 READMES = [ROOT / "README.md", ROOT / "README.zh-CN.md"]
 GUIDE, CHINESE_GUIDE = (sorted((ROOT / folder).glob("*.md")) for folder in ("docs/guide", "docs/zh/guide"))
 PAGES = READMES + GUIDE + CHINESE_GUIDE
 TRANSLATIONS = [tuple(READMES), *((page, ROOT / "docs/zh/guide" / page.name) for page in GUIDE)]
-DECLARED = {f"lorafleet {command.name}": command for command in (*COMMANDS, QUICKSTART)} | {
-    "lorafleet data inspect": DATA_INSPECT
-}
 FENCE = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```\s*$", re.MULTILINE | re.DOTALL)
 
 
@@ -116,7 +115,7 @@ def test_commands_are_accepted(page: Path, tmp_path: Path) -> None:
         parent = click.Context(app, info_name="lorafleet", **app.context_settings)
         try:
             context = command.make_context(path, list(words), parent=parent)
-            check_values(DECLARED[path], context, files)
+            check_values(EVERY[path], context, files)
         except click.exceptions.Exit:
             pass  # --help was asked for
         except click.ClickException as error:
@@ -131,9 +130,13 @@ def check_values(command: Command, context: click.Context, files: dict[str, Path
     argument, source = context.params.get("argument"), None
     if command.argument is not None and command.argument.knob is not None:
         knobs[command.argument.knob] = argument
-    elif argument is not None and command.name not in ("inspect", "doctor"):
+    elif argument is not None and (command.argument is CONFIG or command.verb == "fleet"):
         source = files[argument]
-    load_sections(command.sections, source, knobs)
+    if command.verb == "fleet":
+        assert source is not None
+        read_plan(source, knobs)
+    else:
+        load_sections(command.sections, source, knobs)
 
 
 @pytest.mark.parametrize("page", READMES, ids=name_of)
@@ -169,7 +172,7 @@ def anchors_of(page: Path) -> set[str]:
 
 def test_the_guide_has_the_same_pages_in_both_languages() -> None:
     assert [page.name for page in GUIDE] == [page.name for page in CHINESE_GUIDE]
-    assert len(GUIDE) == 11
+    assert len(GUIDE) == 13
 
 
 @pytest.mark.parametrize(("english", "chinese"), TRANSLATIONS, ids=name_of)

@@ -22,9 +22,11 @@ if TYPE_CHECKING:
     from lorafleet.evaluation.run import evaluate
     from lorafleet.export.merged import merge
     from lorafleet.files.inspection import inspect
+    from lorafleet.fleets.run import fleet
     from lorafleet.generation.run import generate
     from lorafleet.lora import LoraBank, LoraLinear, Routing, inject_lora
     from lorafleet.models.machine import doctor
+    from lorafleet.registry.registry import Registry
     from lorafleet.search.run import tune
     from lorafleet.training.run import train
 
@@ -34,6 +36,7 @@ __all__ = [
     "LoraBank",
     "LoraConfig",
     "LoraLinear",
+    "Registry",
     "Routing",
     "__version__",
     "advise",
@@ -41,6 +44,7 @@ __all__ = [
     "doctor",
     "estimate",
     "evaluate",
+    "fleet",
     "generate",
     "inject_lora",
     "inspect",
@@ -54,12 +58,14 @@ _HOMES = {
     "LoraBank": "lorafleet.lora",
     "LoraConfig": "lorafleet.config",
     "LoraLinear": "lorafleet.lora",
+    "Registry": "lorafleet.registry.registry",
     "Routing": "lorafleet.lora",
     "advise": "lorafleet.advice.run",
     "compare": "lorafleet.comparison.run",
     "doctor": "lorafleet.models.machine",
     "estimate": "lorafleet.estimation.run",
     "evaluate": "lorafleet.evaluation.run",
+    "fleet": "lorafleet.fleets.run",
     "generate": "lorafleet.generation.run",
     "inject_lora": "lorafleet.lora",
     "inspect": "lorafleet.files.inspection",

@@ -6,6 +6,7 @@
     ├── DataError (ValueError)        rows that cannot be read or trained
     ├── AdapterError                  an adapter's files or tensors are wrong
     ├── CheckpointError               a run folder or checkpoint cannot be used
+    ├── RegistryError                 a name, version, alias or file of the registry is not as expected
     ├── RoutingError (ValueError)     segments do not cover the batch
     ├── TrainingError                 the run cannot go on (NaN, no trained tokens)
     ├── MissingExtraError             an optional dependency is not installed
@@ -44,6 +45,10 @@ class AdapterError(LorafleetError):
 
 class CheckpointError(LorafleetError):
     """A run folder or checkpoint is incomplete, damaged or belongs to another run."""
+
+
+class RegistryError(LorafleetError):
+    """A name, version or alias is not there or was moved, or the registry is damaged or cannot be written."""
 
 
 class RoutingError(LorafleetError, ValueError):

@@ -5,7 +5,7 @@ from typing import Any
 import click
 import pytest
 
-from lorafleet.cli.commands import COMMANDS, DATA_INSPECT
+from lorafleet.cli.commands import EVERY
 from lorafleet.cli.flags import Flag, dashed, flags_of, given_knobs, options_of
 from lorafleet.config import (
     DataConfig,
@@ -96,7 +96,7 @@ def test_every_default_can_be_typed(flag: Flag) -> None:
 
 
 def test_every_knob_of_every_command_has_a_flag_and_a_description() -> None:
-    for command in (*COMMANDS, DATA_INSPECT):
+    for command in EVERY.values():
         flags = {flag.key: flag for flag in command.flags}
         given = {command.argument.knob} - {None} if command.argument else set()
         assert set(flags) | given == set(known_names(command.sections).values())

@@ -6,14 +6,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import lorafleet
-from lorafleet.cli import show
-from lorafleet.cli.commands import COMMANDS, DATA_INSPECT
+from lorafleet.cli.commands import EVERY
 from lorafleet.cli.main import main
 from lorafleet.cli.tables import clock
 from lorafleet.config import load_sections
@@ -164,11 +164,10 @@ def test_text_that_the_terminal_lacks_is_escaped() -> None:
 
 
 def test_every_command_has_its_verb_and_its_view() -> None:
-    for command in (*COMMANDS, DATA_INSPECT):
-        verb = getattr(lorafleet, command.verb)
-        sections = getattr(sys.modules[verb.__module__], "SECTIONS", None)
+    for command in EVERY.values():
+        sections = getattr(sys.modules[command.function.__module__], "SECTIONS", None)
         assert sections is None or sections == command.sections
-        assert callable(getattr(show, command.verb))
+        assert callable(getattr(import_module(command.view), command.verb))
 
 
 @pytest.mark.parametrize(

@@ -324,7 +324,7 @@ def test_a_grid_meets_at_its_rungs_though_a_pass_holds_fewer(place: Path, monkey
         return args[-1], 2
 
     given = tune(settings(place, "given", population_size=9))
-    monkeypatch.setattr("lorafleet.search.worker.adapters_that_fit", in_passes_of_two)
+    monkeypatch.setattr("lorafleet.search.worker.measured_capacity", in_passes_of_two)
     found = tune(settings(place, "passes", population_size=None))
     assert asked == [9] and found.population_size == 9
     newest = newest_checkpoint(place / "passes")

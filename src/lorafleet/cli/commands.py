@@ -1,19 +1,12 @@
-"""The commands: for each its words, its sections, the library function it calls, and how its result is shown."""
-
-import gc
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+"""All commands: for each its words, its sections, and the library function it calls."""
 
 import click
 
 import lorafleet
-from lorafleet.cli.flags import Flag, flags_of, given_knobs, options_of
-from lorafleet.cli.help import Argument, help_text
-from lorafleet.cli.output import print_json, reporting
-from lorafleet.cli.quickstart import KNOBS, quickstart
+from lorafleet.cli.adapters import ADAPTERS
+from lorafleet.cli.command import Command, click_command
+from lorafleet.cli.help import Argument
+from lorafleet.cli.quickstart import KNOBS
 from lorafleet.config import (
     AdapterConfig,
     AdviseConfig,
@@ -21,62 +14,21 @@ from lorafleet.config import (
     DataConfig,
     EstimateConfig,
     EvaluationConfig,
+    FleetConfig,
     GenerationConfig,
     LoraConfig,
     MergeConfig,
     MethodConfig,
     MethodsConfig,
     ModelConfig,
+    PopulationConfig,
     PromptConfig,
+    RegistryConfig,
     RunConfig,
     SearchConfig,
-    Section,
     TrainingConfig,
     ValidationConfig,
 )
-
-CONFIG = Argument("CONFIG", False, "A YAML file with any of the knobs below (learning_rate: 1e-4); flags override it.")
-
-
-@dataclass(frozen=True)
-class Command:
-    """One command: ``lorafleet <name> [ARGUMENT] --flags``.
-
-    It calls ``lorafleet.<verb>(argument, **knobs)`` and prints what comes back with ``show.<verb>``.
-
-    Attributes:
-        name: The word on the command line.
-        verb: The public function.
-        summary: One line for the help.
-        sections: Where its flags come from; the same that the verb reads.
-        argument: What stands before the flags.
-        defaults: Defaults that differ from the declared ones.
-        call: The function where it is not a public one.
-        streams: Whether the verb takes ``on_text`` and its text is printed as it comes.
-        examples: Command lines for the help.
-    """
-
-    name: str
-    verb: str
-    summary: str
-    sections: tuple[type[Section], ...] = ()
-    argument: Argument | None = CONFIG
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    call: Callable[..., Any] | None = None
-    streams: bool = False
-    examples: tuple[str, ...] = ()
-
-    @property
-    def flags(self) -> list[Flag]:
-        """The flags of its sections, less the knob that the argument gives."""
-        given = [self.argument.knob] if self.argument and self.argument.knob else []
-        return flags_of(self.sections, given, self.defaults)
-
-    @property
-    def function(self) -> Callable[..., Any]:
-        """What the command calls; looked up late, because it imports torch."""
-        return self.call or getattr(lorafleet, self.verb)
-
 
 COMMANDS = (
     Command(
@@ -95,13 +47,21 @@ COMMANDS = (
         "tune",
         "tune",
         "Find the best settings: train many adapters side by side, stop the worse ones early.",
-        (ModelConfig, DataConfig, LoraConfig, TrainingConfig, RunConfig, SearchConfig),
+        (ModelConfig, DataConfig, LoraConfig, TrainingConfig, RunConfig, SearchConfig, PopulationConfig),
         examples=(
             "lorafleet tune --model smollm2-135m --data rows.jsonl --max-steps 60 --output-dir runs/search",
             "lorafleet tune search.yml --space classic",
             "lorafleet tune run.yml --space '{learning_rate: {log: [1e-4, 3e-3]}, r: [4, 16]}' --n-trials 12",
             "lorafleet tune search.yml --resume-from-checkpoint",
         ),
+    ),
+    Command(
+        "fleet",
+        "fleet",
+        "Train one adapter for each task or user together, let the good ones through, keep all in the registry.",
+        (ModelConfig, RunConfig, PopulationConfig, RegistryConfig, FleetConfig),
+        Argument("CONFIG", True, "A YAML file with tasks or users, their defaults and gates; flags override the rest."),
+        examples=("lorafleet fleet fleet.yml", "lorafleet fleet fleet.yml --resume-from-checkpoint"),
     ),
     Command(
         "compare",
@@ -146,14 +106,14 @@ COMMANDS = (
         "eval",
         "evaluate",
         "Measure loss, perplexity, label accuracy and exact match of an adapter beside its base.",
-        (ModelConfig, AdapterConfig, DataConfig, EvaluationConfig, GenerationConfig),
+        (ModelConfig, AdapterConfig, RegistryConfig, DataConfig, EvaluationConfig, GenerationConfig),
         examples=("lorafleet eval --adapter runs/first --data rows.jsonl --predictions predictions.jsonl",),
     ),
     Command(
         "generate",
         "generate",
         "Answer prompts with the base or an adapter.",
-        (ModelConfig, AdapterConfig, PromptConfig, GenerationConfig),
+        (ModelConfig, AdapterConfig, RegistryConfig, PromptConfig, GenerationConfig),
         streams=True,
         examples=(
             'lorafleet generate --adapter runs/first --prompt "Hello" --with-base',
@@ -164,7 +124,7 @@ COMMANDS = (
         "merge",
         "merge",
         "Fold an adapter into its base, write the model, and check it by its logits.",
-        (ModelConfig, AdapterConfig, MergeConfig),
+        (ModelConfig, AdapterConfig, RegistryConfig, MergeConfig),
         examples=("lorafleet merge --adapter runs/first --output-dir merged",),
     ),
     Command(
@@ -185,7 +145,7 @@ QUICKSTART = Command(
     (LoraConfig, TrainingConfig, ValidationConfig, RunConfig),
     argument=None,
     defaults=KNOBS,
-    call=quickstart,
+    home="lorafleet.cli.quickstart",
     examples=("lorafleet quickstart", "lorafleet quickstart --max-steps 20 --output-dir /tmp/quickstart"),
 )
 DATA_INSPECT = Command(
@@ -198,60 +158,25 @@ DATA_INSPECT = Command(
 )
 
 
-def _click_command(command: Command, parents: str = "lorafleet") -> click.Command:
-    flags = command.flags
-    path = f"{parents} {command.name}"
+GROUPS = {
+    "data": ("Look at data.", (DATA_INSPECT,)),
+    "adapters": ("Keep adapters: names, versions, aliases, lineage, scores.", ADAPTERS),
+}
+"""Commands of two words, by the first."""
 
-    def print_help(context: click.Context, _: click.Parameter, wanted: bool) -> None:
-        if wanted:
-            click.echo(help_text(path, command.summary, command.argument, flags, command.examples), nl=False)
-            context.exit()
+EVERY = {f"lorafleet {command.name}": command for command in (*COMMANDS, QUICKSTART)}
+EVERY |= {f"lorafleet {name} {one.name}": one for name, (_, members) in GROUPS.items() for one in members}
+"""All commands by their words."""
 
-    def run(**values: Any) -> None:
-        context = click.get_current_context()
-        knobs = given_knobs(context, flags)
-        positional = []
-        if command.argument and command.argument.knob:
-            knobs[command.argument.knob] = values["argument"]
-        elif command.argument:
-            positional = [values["argument"]]
-        if command.streams and not values["json"]:
-            knobs["on_text"] = partial(click.echo, nl=False, file=sys.stdout)
-        with reporting(values["debug"]):
-            function = command.function
-            gc.freeze()  # what the imports made stays; collecting among it would cost a third of a short command
-            result = function(*positional, **knobs)
-        if values["json"]:
-            print_json(result if isinstance(result, dict) else result.as_dict())
-        else:
-            from lorafleet.cli import show  # imports rich
 
-            getattr(show, command.verb)(result)
-
-    general = [
-        click.Option(["--json"], is_flag=True),
-        click.Option(["--debug"], is_flag=True),
-        click.Option(["--help"], is_flag=True, is_eager=True, expose_value=False, callback=print_help),
+def _click_group() -> click.Group:
+    groups = [
+        click.Group(name, [click_command(one, f"lorafleet {name}") for one in commands], help=what, short_help=what)
+        for name, (what, commands) in GROUPS.items()
     ]
-    argument = [_click_argument(command.argument)] if command.argument else []
-    return click.Command(
-        command.name,
-        params=[*argument, *options_of(flags), *general],
-        callback=run,
-        short_help=command.summary,
-        add_help_option=False,
-    )
-
-
-def _click_argument(argument: Argument) -> click.Argument:
-    return click.Argument(["argument"], metavar=argument.name, required=argument.required)
-
-
-def _click_group(commands: Sequence[Command]) -> click.Group:
-    data = click.Group("data", [_click_command(DATA_INSPECT, "lorafleet data")], short_help="Look at data.")
     group = click.Group(
         "lorafleet",
-        [*(_click_command(command) for command in commands), data],
+        [*(click_command(command) for command in (*COMMANDS, QUICKSTART)), *groups],
         help="Train, keep and use LoRA adapters, one or many on one frozen base.",
         epilog="lorafleet COMMAND --help shows a command's flags; docs/cli.md lists all of them.",
         context_settings={"token_normalize_func": lambda name: name.replace("_", "-"), "max_content_width": 110},
@@ -259,4 +184,4 @@ def _click_group(commands: Sequence[Command]) -> click.Group:
     return click.version_option(lorafleet.__version__, message="lorafleet %(version)s")(group)
 
 
-app = _click_group((*COMMANDS, QUICKSTART))
+app = _click_group()

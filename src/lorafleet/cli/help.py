@@ -17,17 +17,19 @@ GENERAL = [
 
 
 class Argument(NamedTuple):
-    """What stands before the flags: ``CONFIG``, ``TARGET``, or ``PATH``, which gives the knob ``data``."""
+    """What stands before the flags: ``CONFIG``, ``VERSION…``, or ``PATH``, which gives the knob ``data``."""
 
     name: str
     required: bool
     help: str
     knob: str | None = None
+    many: bool = False
 
     @property
     def usage(self) -> str:
-        """``CONFIG`` in brackets when it may be left out."""
-        return self.name if self.required else f"[{self.name}]"
+        """``CONFIG`` in brackets when it may be left out, with dots when there may be several."""
+        name = f"{self.name}…" if self.many else self.name
+        return name if self.required else f"[{name}]"
 
 
 def help_text(

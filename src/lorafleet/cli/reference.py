@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 from typing import get_type_hints
 
-from lorafleet.cli.commands import COMMANDS, DATA_INSPECT, QUICKSTART, Command
+from lorafleet.cli.command import Command
+from lorafleet.cli.commands import EVERY
 from lorafleet.cli.flags import Flag, dashed
 from lorafleet.cli.help import GENERAL, grouped
 
@@ -31,15 +32,14 @@ underscores. Unknown flags and keys are errors; all faults are reported at once.
 
 def reference() -> str:
     """Write the whole page."""
-    commands = [("lorafleet", command) for command in (*COMMANDS, QUICKSTART)] + [("lorafleet data", DATA_INSPECT)]
     general = "\n".join(f"| `{name}` | {text} |" for name, text in GENERAL)
-    sections = [_command(parents, command) for parents, command in commands]
+    sections = [_command(path, command) for path, command in EVERY.items()]
     return "\n".join([INTRODUCTION, "Every command has:", "", "| flag | |", "| --- | --- |", general, "", *sections])
 
 
-def _command(parents: str, command: Command) -> str:
+def _command(path: str, command: Command) -> str:
     usage = f" {command.argument.usage}" if command.argument else ""
-    lines = [f"## {parents} {command.name}", "", command.summary, "", "```", f"{parents} {command.name}{usage} [FLAGS]"]
+    lines = [f"## {path}", "", command.summary, "", "```", f"{path}{usage} [FLAGS]"]
     lines += ["```", ""]
     if command.argument:
         lines += [f"`{command.argument.name}`: {command.argument.help}", ""]

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lorafleet.evaluation.run import EvalResult
     from lorafleet.export.merged import MergeResult
     from lorafleet.files.inspection import Inspection
+    from lorafleet.fleets.result import FleetResult
     from lorafleet.generation.run import GenerateResult
     from lorafleet.search.result import TuneResult
     from lorafleet.training.result import TrainResult
@@ -49,6 +50,18 @@ def train(result: "TrainResult") -> None:
         f"Try it:  lorafleet generate --{what} {result.adapter} --prompt ...",
         f"Test it: lorafleet eval --{what} {result.adapter} --data ...",
     )
+
+
+def fleet(result: "FleetResult") -> None:
+    """A row for each adapter, and what they say together."""
+    from lorafleet.fleets.report import conclusion
+    from lorafleet.fleets.report import table as table_of
+
+    head, rows = table_of(result)
+    table = Table(*head)
+    for row in rows:
+        table.add_row(*row)
+    put(table, "", *conclusion(result), "", f"The report: {result.output_dir}/report.html")
 
 
 def compare(result: "CompareResult") -> None:

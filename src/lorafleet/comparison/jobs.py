@@ -42,9 +42,9 @@ from lorafleet.files.adapter import CONFIG, WEIGHTS
 from lorafleet.files.atomic import write_json, write_text
 from lorafleet.files.checkpoint import newest_checkpoint
 from lorafleet.files.manifest import MANIFEST
-from lorafleet.files.method import METHOD, METHOD_WEIGHTS
+from lorafleet.files.method import METHOD, METHOD_WEIGHTS, load_saved
 from lorafleet.files.run_folder import METRICS
-from lorafleet.generation.adapted import Adapted, load_saved, with_template
+from lorafleet.generation.adapted import Adapted, with_template
 from lorafleet.lora import LoraBank
 from lorafleet.methods.method import Method
 from lorafleet.methods.saved import restore

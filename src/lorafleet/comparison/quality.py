@@ -21,12 +21,13 @@ CHANCE = 0.05
 Interval = tuple[float, float]
 
 
-def interval(statistic: Callable[..., float], *columns: Sequence[float]) -> Interval | None:
-    """Percentile interval of a statistic of rows, 95 % of it, by resampling rows (Efron 1979).
+def interval(statistic: Callable[..., float], *columns: Sequence[float], chance: float = CHANCE) -> Interval | None:
+    """Percentile interval of a statistic of rows by resampling rows (Efron 1979).
 
     Args:
         statistic: Takes the columns, each ``(rows,)``.
         columns: One number for each row.
+        chance: The share of resamples that may lie outside, half of it on each side.
 
     Returns:
         Lower and upper end; none for fewer than two rows.
@@ -40,7 +41,7 @@ def interval(statistic: Callable[..., float], *columns: Sequence[float]) -> Inte
         paired=True,
         vectorized=False,
         n_resamples=RESAMPLES,
-        confidence_level=1 - CHANCE,
+        confidence_level=1 - chance,
         method="percentile",
         rng=np.random.default_rng(0),
     ).confidence_interval
@@ -72,13 +73,15 @@ def quality_intervals(rows: Mapping[str, Sequence[Any]]) -> dict[str, Interval |
     return found
 
 
-def difference(one: Mapping[str, Sequence[Any]], other: Mapping[str, Sequence[Any]], metric: str) -> Interval | None:
+def difference(
+    one: Mapping[str, Sequence[Any]], other: Mapping[str, Sequence[Any]], metric: str, chance: float = CHANCE
+) -> Interval | None:
     """Interval of ``one - other`` on the same rows; one that holds 0 is within noise."""
     if metric == "loss":
         columns = [one["loss_sum"], other["loss_sum"], one["loss_tokens"]]
-        return interval(lambda a, b, n: float((a.sum() - b.sum()) / n.sum()), *columns)
+        return interval(lambda a, b, n: float((a.sum() - b.sum()) / n.sum()), *columns, chance=chance)
     key = {"accuracy": "label_right", "exact_match": "text_right"}[metric]
-    return interval(lambda a, b: float(np.mean(a) - np.mean(b)), one[key], other[key])
+    return interval(lambda a, b: float(np.mean(a) - np.mean(b)), one[key], other[key], chance=chance)
 
 
 def within_noise(one: Mapping[str, Sequence[Any]], other: Mapping[str, Sequence[Any]], metric: str) -> bool:

@@ -31,5 +31,6 @@ class DataConfig(Section):
     prompt_template: str | None = knob(
         None, "Prompt of text/label rows, with {text} and {labels}; the default names the labels when they are few."
     )
+    labels: list[str] = knob([], "All labels of text/label rows, where these rows may lack some of them.")
     chat_template: str | None = knob(None, "A Jinja file to use in place of the model's own chat template.")
     system_prompt: str | None = knob(None, "System turn for rows that have none.")

@@ -35,10 +35,6 @@ class SearchConfig(Section):
     reduction_factor: int = knob(4, "Of the trials at a rung, one in this many goes on.", names=("eta",), ge=2)
     rungs: int = knob(2, "Points at which trials are compared: full budget / eta, / eta², …", ge=1)
     grace_period: float = knob(0.0, "Share of the full budget before which no trial is stopped.", ge=0, lt=1)
-    population_size: int | None = knob(
-        None, "Trials that train together. By memory when not given.", names=("population",), ge=1
-    )
-    max_memory: float = knob(0.7, "Part of the free memory that the population may take.", gt=0, le=1)
     keep_trials: bool = knob(False, "Keep every finished trial's adapter in trials/, not only the best one.")
     workers: int = knob(
         1, "Processes that share the trials, each with a base of its own. They need output_dir in common.", ge=1

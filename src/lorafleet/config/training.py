@@ -52,6 +52,15 @@ class RunConfig(Section):
     num_threads: int | None = knob(None, "CPU threads; PyTorch's choice when not given.", ge=1)
 
 
+class PopulationConfig(Section):
+    """How many adapters train together."""
+
+    population_size: int | None = knob(
+        None, "Adapters that train together. By memory when not given.", names=("population",), ge=1
+    )
+    max_memory: float = knob(0.7, "Part of the free memory that the population may take.", gt=0, le=1)
+
+
 class ValidationConfig(Section):
     """When an adapter is evaluated while it trains, and what follows from it."""
 

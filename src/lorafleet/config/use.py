@@ -12,7 +12,7 @@ class AdapterConfig(Section):
 
     adapter: str | None = knob(
         None,
-        "Folder of an adapter in PEFT's format; the bare base when not given.",
+        "Folder of an adapter, or its name in the registry (NAME, NAME:3, NAME@prod); the bare base when not given.",
         names=("adapter_name_or_path",),
     )
     check_base: bool = knob(
@@ -81,3 +81,11 @@ class MergeConfig(Section):
         "auto", "Precision of the written weights; auto keeps that of the base's files."
     )
     overwrite: bool = knob(False, "Replace a model in output_dir.")
+
+
+class ConvertConfig(Section):
+    """How a pickled adapter is written."""
+
+    output_dir: str = knob(..., "Folder for the adapter.", names=("output",))
+    adapter_config: str | None = knob(None, "PEFT's adapter_config.json; the one beside the file when not given.")
+    base: str | None = knob(None, "The base it was trained on, where the config does not name it.")

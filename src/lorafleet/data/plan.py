@@ -59,12 +59,14 @@ def make_plan(source: Source, config: DataConfig) -> Plan:
     shape = _detect(source, config) if detected else config.data_format
     if shape is not None and shape != "text_label" and config.prompt_template is not None:
         raise ConfigError(f"prompt_template is for text/label rows; the rows of {config.data} are of the shape {shape}")
+    if shape is not None and shape != "text_label" and config.labels:
+        raise ConfigError(f"labels is for text/label rows; the rows of {config.data} are of the shape {shape}")
     if shape == "text" and config.system_prompt is not None:
         raise ConfigError(f"system_prompt is for conversations; the rows of {config.data} are plain text")
     if shape != "text_label":
         return Plan(shape, detected, None, {})
     counts = {name: _count_labels(split, config) for name, split in source.splits.items()}
-    labels = _sorted({label for part in counts.values() for label in part})
+    labels = _sorted({label for part in counts.values() for label in part}.union(config.labels))
     return Plan(shape, detected, LabelPrompt(labels, config.prompt_template), counts)
 
 

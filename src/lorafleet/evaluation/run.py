@@ -11,6 +11,7 @@ from typing import Any
 from lorafleet.config.data import DataConfig
 from lorafleet.config.load import load_sections
 from lorafleet.config.model import ModelConfig
+from lorafleet.config.registry import RegistryConfig
 from lorafleet.config.use import AdapterConfig, EvaluationConfig, GenerationConfig
 from lorafleet.data.load import Data, load_data
 from lorafleet.data.sources import Source, find_source
@@ -24,12 +25,13 @@ from lorafleet.files.method import SavedMethod
 from lorafleet.generation.adapted import Adapted, as_trained, load_adapted
 from lorafleet.lora import BASE_ONLY
 from lorafleet.models.machine import keep_large_allocations
+from lorafleet.registry.use import located
 
 logger = logging.getLogger(__name__)
 
-SECTIONS = (ModelConfig, AdapterConfig, DataConfig, EvaluationConfig, GenerationConfig)
+SECTIONS = (ModelConfig, AdapterConfig, RegistryConfig, DataConfig, EvaluationConfig, GenerationConfig)
 
-_TRAINED_WITH = ("prompt_template", "system_prompt", "loss_on")
+_TRAINED_WITH = ("prompt_template", "system_prompt", "loss_on", "labels")
 """Knobs of data that an adapter was trained with, and is evaluated with unless others are given."""
 
 _HELD_OUT_BY = ("valid_fraction", "max_rows", "max_length", "data_format", "on_bad_rows")
@@ -88,10 +90,10 @@ def evaluate(config: Mapping[str, Any] | str | Path | None = None, /, **knobs: A
         ModelError: The base cannot be loaded.
     """
     started = time.perf_counter()
-    model_config, adapter_config, data_config, settings, generation = load_sections(SECTIONS, config, knobs)
+    model_config, adapter_config, registry, data_config, settings, generation = load_sections(SECTIONS, config, knobs)
     _check_knobs(adapter_config, settings)
     keep_large_allocations()
-    adapted = load_adapted(model_config, adapter_config, data_config.chat_template)
+    adapted = load_adapted(model_config, located(adapter_config, registry), data_config.chat_template)
     data_config = as_trained(data_config, adapted.adapter, _TRAINED_WITH)
     data, split, warnings = choose_rows(data_config, settings, adapted)
     rows: list[TokenRow] = list(data.splits[split])

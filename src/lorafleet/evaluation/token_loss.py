@@ -14,13 +14,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from lorafleet.data.batches import FlatBatch, Part, TrainRow, collate, count_targets
-from lorafleet.generation.pace import Pace
 from lorafleet.lora import Routing, Slots
 from lorafleet.lora.layer import mix_key
 from lorafleet.lora.packed import PackedWeight, pack
 from lorafleet.lora.slots import answering
 from lorafleet.models.attention import FlatLayout, flat_inputs, use_flat_attention
 from lorafleet.models.shared_prompts import SharedPrompts
+from lorafleet.pace import Pace
 
 CHUNK = 128
 """Targets whose logits exist at the same time: enough rows for a fast product, 25 MB at a vocabulary of 49k."""

@@ -14,6 +14,7 @@ import torch
 
 from lorafleet.config.load import load_sections
 from lorafleet.config.model import ModelConfig
+from lorafleet.config.registry import RegistryConfig
 from lorafleet.config.use import AdapterConfig, MergeConfig
 from lorafleet.errors import AdapterError, ConfigError, LorafleetError, raise_all
 from lorafleet.export.unwrap import changed_tensors, digests, unwrap
@@ -28,10 +29,11 @@ from lorafleet.lora import LoraBank, inject_lora, without_absent
 from lorafleet.models.load import Base, load_base, load_meta_model, read_config
 from lorafleet.models.machine import available_memory_bytes
 from lorafleet.models.source import find_source
+from lorafleet.registry.use import located
 
 logger = logging.getLogger(__name__)
 
-SECTIONS = (ModelConfig, AdapterConfig, MergeConfig)
+SECTIONS = (ModelConfig, AdapterConfig, RegistryConfig, MergeConfig)
 RECORD = "lorafleet_merge.json"
 
 
@@ -109,7 +111,8 @@ def merge(config: Mapping[str, Any] | str | Path | None = None, /, **knobs: Any)
         ModelError: The base cannot be loaded.
     """
     started = time.perf_counter()
-    plan = plan_merge(*load_sections(SECTIONS, config, knobs))
+    model, adapter, registry, merging = load_sections(SECTIONS, config, knobs)
+    plan = plan_merge(model, located(adapter, registry), merging)
     with new_folder(plan.output_dir) as temporary:
         expected = write_merged(plan, temporary)
         gc.collect()  # the first copy of the model goes before the second comes

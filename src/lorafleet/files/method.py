@@ -24,7 +24,7 @@ from typing import Any
 from torch import Tensor
 
 from lorafleet.errors import AdapterError
-from lorafleet.files.adapter import CONFIG, WEIGHTS, refuse_pickled
+from lorafleet.files.adapter import CONFIG, WEIGHTS, Adapter, load_adapter, refuse_pickled
 from lorafleet.files.atomic import json_bytes, tensor_bytes
 from lorafleet.files.manifest import read_json, read_tensors, write_with_manifest
 
@@ -120,3 +120,12 @@ def load_method(folder: str | os.PathLike[str]) -> SavedMethod:
     refuse_pickled(folder)
     tensors, metadata = read_tensors(folder, WEIGHTS, CONFIG)
     return SavedMethod(kind, peft, tensors, peft.get("base_model_name_or_path"), peft.get("revision"), metadata)
+
+
+def load_saved(folder: str | os.PathLike[str]) -> Adapter | SavedMethod:
+    """Read what was trained, whatever its method.
+
+    Raises:
+        AdapterError: Its files are wrong.
+    """
+    return load_adapter(folder) if saved_kind(folder) == "lora" else load_method(folder)

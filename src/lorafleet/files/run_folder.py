@@ -26,11 +26,18 @@ from lorafleet.models.machine import package_versions
 logger = logging.getLogger(__name__)
 
 SETTINGS, METRICS, RESULT, CARD = "lorafleet.yaml", "metrics.jsonl", "result.json", "README.md"
+TEMPLATE = "chat_template.jinja"
+TOKENIZER = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "tokenizer.model"),
+)
+"""What tokenizers of transformers write, each some of these."""
+
 _MARKS = (CONFIG, METRICS, SETTINGS)  # any of these means that a run was here
 _OWN = (
     *(*_MARKS, WEIGHTS, MANIFEST, METHOD, METHOD_WEIGHTS, CARD, "provenance.json", RESULT, "loss.png"),
-    *("chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
-    *("study.db", "study.db.lock", "report.md", "report.html"),
+    *(TEMPLATE, *TOKENIZER),
+    *("study.db", "study.db.lock", "report.md", "report.html", "fleet.json"),
 )
 _LOCK = ".lorafleet.lock"
 
@@ -147,7 +154,13 @@ def clear_run(output_dir: Path, keep: Path | None = None) -> None:
     for name in _OWN:
         (output_dir / name).unlink(missing_ok=True)
     folders = [*output_dir.glob("checkpoint-*"), *output_dir.glob(".checkpoint-*"), output_dir / "tensorboard"]
-    for pattern, mark in (("trials/*", MANIFEST), ("best", MANIFEST), ("workers/*", METRICS), ("model", MANIFEST)):
+    for pattern, mark in (
+        ("trials/*", MANIFEST),
+        ("adapters/*", MANIFEST),
+        ("best", MANIFEST),
+        ("workers/*", METRICS),
+        ("model", MANIFEST),
+    ):
         folders += [path.parent for path in output_dir.glob(f"{pattern}/{mark}")]
     for folder in folders:
         if folder.is_dir() and folder.resolve() != kept:

@@ -10,15 +10,14 @@ from lorafleet.config.knob import Section
 from lorafleet.config.model import ModelConfig
 from lorafleet.config.use import AdapterConfig
 from lorafleet.errors import AdapterError, ConfigError, ModelError, raise_all
-from lorafleet.files.adapter import Adapter, load_adapter
-from lorafleet.files.method import SavedMethod, load_method, saved_kind
+from lorafleet.files.adapter import Adapter
+from lorafleet.files.method import SavedMethod, load_saved
+from lorafleet.files.run_folder import TEMPLATE
 from lorafleet.lora import BASE_ONLY, Slots
 from lorafleet.methods.saved import restore
 from lorafleet.models.load import Base, load_base
 
 logger = logging.getLogger(__name__)
-
-TEMPLATE = "chat_template.jinja"
 
 S = TypeVar("S", bound=Section)
 
@@ -65,15 +64,6 @@ def load_adapted(model: ModelConfig, config: AdapterConfig, chat_template: str |
     if config.check_base:
         raise_all(AdapterError, mismatches(adapter, base), f"the adapter in {folder} was not trained on this base")
     return Adapted(with_template(base, chat_template, folder), restore(base.model, adapter), adapter)
-
-
-def load_saved(folder: Path) -> Adapter | SavedMethod:
-    """Read what was trained, whatever its method.
-
-    Raises:
-        AdapterError: Its files are wrong.
-    """
-    return load_adapter(folder) if saved_kind(folder) == "lora" else load_method(folder)
 
 
 def base_of(model: ModelConfig, adapter: Adapter | SavedMethod, folder: Path) -> ModelConfig:

@@ -12,12 +12,12 @@ from transformers import PreTrainedModel
 
 from lorafleet.config.use import GenerationConfig
 from lorafleet.errors import ConfigError, RoutingError, raise_all
-from lorafleet.generation.pace import Pace
 from lorafleet.generation.sampling import processors, sampling_keys
 from lorafleet.generation.stops import stop_ids
 from lorafleet.generation.streaming import TextPieces
 from lorafleet.lora import BASE_ONLY, Routing, Slots
 from lorafleet.models.load import Base
+from lorafleet.pace import Pace
 
 
 def generate_ids(

@@ -9,6 +9,7 @@ from typing import Any
 
 from lorafleet.config.load import load_sections
 from lorafleet.config.model import ModelConfig
+from lorafleet.config.registry import RegistryConfig
 from lorafleet.config.use import AdapterConfig, GenerationConfig, PromptConfig
 from lorafleet.errors import ConfigError
 from lorafleet.generation.adapted import as_trained, load_adapted
@@ -16,10 +17,11 @@ from lorafleet.generation.decode import generate_ids
 from lorafleet.generation.prompts import encode_prompts, read_prompts
 from lorafleet.generation.streaming import answer_text
 from lorafleet.lora import BASE_ONLY
+from lorafleet.registry.use import located
 
 logger = logging.getLogger(__name__)
 
-SECTIONS = (ModelConfig, AdapterConfig, PromptConfig, GenerationConfig)
+SECTIONS = (ModelConfig, AdapterConfig, RegistryConfig, PromptConfig, GenerationConfig)
 
 
 @dataclass(frozen=True)
@@ -90,11 +92,11 @@ def generate(
         ModelError: The base cannot be loaded.
     """
     started = time.perf_counter()
-    model_config, adapter_config, prompt_config, settings = load_sections(SECTIONS, config, knobs)
+    model_config, adapter_config, registry, prompt_config, settings = load_sections(SECTIONS, config, knobs)
     prompts = read_prompts(prompt_config)
     if prompt_config.base and adapter_config.adapter is None:
         raise ConfigError("base shows the base's answer beside an adapter's; name an adapter, or leave base out")
-    adapted = load_adapted(model_config, adapter_config, prompt_config.chat_template)
+    adapted = load_adapted(model_config, located(adapter_config, registry), prompt_config.chat_template)
     base, bank = adapted.base, adapted.bank
     if not prompt_config.raw_prompt:
         prompt_config = as_trained(prompt_config, adapted.adapter, ("system_prompt",))

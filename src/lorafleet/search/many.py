@@ -75,13 +75,13 @@ def work(settings: Settings, number: int, threads: int, extra: dict[str, Any]) -
     """Be one worker: take trials until none is left."""
     form = f"worker {number}: %(message)s"
     logging.basicConfig(level=logging.INFO, format=form, stream=sys.stderr, force=True)
-    model, data_config, lora, training, run, search = settings
+    model, data_config, lora, training, run, search, population = settings
     own_run = run.model_copy(update={"num_threads": threads})
     own_model = model.model_copy(update={"device": _device(model.device, number)})
     prepare_machine(own_run)
     data = load_data(data_config, load_tokenizer(own_model))
     space, _ = read_space(search.space, (lora, training))
-    own = (own_model, data_config, lora, training, own_run, search)
+    own = (own_model, data_config, lora, training, own_run, search, population)
     worker = Worker(load_base(own_model), data, space, own, f"worker {number}")
     folder = worker_folder(Path(run.output_dir), number)
     folder.mkdir(parents=True, exist_ok=True)

@@ -135,7 +135,7 @@ def _plain(record: Record) -> dict[str, Any]:
 
 def _write_best(worker: Worker, best: Record, result: TuneResult) -> None:
     """The adapter of the winner's best run, with the YAML that trains it again for the full budget."""
-    model, data, lora, training, run, _ = worker.settings
+    model, data, lora, training, run, *_ = worker.settings
     output_dir = Path(run.output_dir)
     objective, runs = result.objectives[0], best.notes["runs"]
     sign = -1 if DIRECTIONS[objective] == "maximize" else 1

@@ -10,7 +10,7 @@ from lorafleet.config.load import load_sections
 from lorafleet.config.lora import LoraConfig
 from lorafleet.config.model import ModelConfig
 from lorafleet.config.search import SearchConfig
-from lorafleet.config.training import RunConfig, TrainingConfig
+from lorafleet.config.training import PopulationConfig, RunConfig, TrainingConfig
 from lorafleet.data.load import Data, load_data
 from lorafleet.errors import ConfigError, raise_all
 from lorafleet.files.run_folder import clear_run, open_run
@@ -30,7 +30,7 @@ from lorafleet.training.setup import check_run, held_out_rows, prepare_machine
 
 logger = logging.getLogger(__name__)
 
-SECTIONS = (ModelConfig, DataConfig, LoraConfig, TrainingConfig, RunConfig, SearchConfig)
+SECTIONS = (ModelConfig, DataConfig, LoraConfig, TrainingConfig, RunConfig, SearchConfig, PopulationConfig)
 
 
 def tune(config: Mapping[str, Any] | str | Path | None = None, /, **knobs: Any) -> TuneResult:
@@ -51,7 +51,7 @@ def tune(config: Mapping[str, Any] | str | Path | None = None, /, **knobs: Any) 
         Interrupted: SIGINT or SIGTERM came; a checkpoint is saved.
     """
     settings = load_sections(SECTIONS, config, knobs)
-    model_config, data_config, _, _, run, search = settings
+    model_config, data_config, _, _, run, search, _ = settings
     check_run(model_config, run)
     output_dir = Path(run.output_dir)
     with open_run(output_dir, resume=run.resume_from_checkpoint, overwrite=run.overwrite) as checkpoint:
@@ -83,7 +83,7 @@ def checked_space(settings: Settings, data: Data) -> Space:
     Raises:
         ConfigError: All that is wrong with the space, the shapes of its adapters, the objectives, the rows.
     """
-    model, _, lora, training, run, search = settings
+    model, _, lora, training, run, search, _ = settings
     space, faults = read_space(search.space, (lora, training))
     faults += fit_faults(load_meta_model(model), shapes(space, (lora, training)))
     faults += objective_faults(search.objectives, data)

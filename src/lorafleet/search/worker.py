@@ -13,7 +13,7 @@ from lorafleet.config.data import DataConfig
 from lorafleet.config.lora import LoraConfig
 from lorafleet.config.model import ModelConfig
 from lorafleet.config.search import SearchConfig
-from lorafleet.config.training import RunConfig, TrainingConfig
+from lorafleet.config.training import PopulationConfig, RunConfig, TrainingConfig
 from lorafleet.config.use import GenerationConfig
 from lorafleet.data.load import Data
 from lorafleet.evaluation.measure import loss_metrics, measure
@@ -21,8 +21,6 @@ from lorafleet.evaluation.metrics import ANSWERS
 from lorafleet.evaluation.token_loss import LossModel
 from lorafleet.generation.latency import relative_latency
 from lorafleet.lora import LoraBank
-from lorafleet.lora.layer import linear_shape
-from lorafleet.lora.targets import pattern_value
 from lorafleet.models.load import Base
 from lorafleet.search.fit import configure, shapes
 from lorafleet.search.halving import rung_shares
@@ -32,7 +30,7 @@ from lorafleet.search.objectives import LABELS
 from lorafleet.search.space import Space
 from lorafleet.search.study import Study, plan_trials
 from lorafleet.search.trials import Budget, Trials
-from lorafleet.training.capacity import adapters_that_fit
+from lorafleet.training.capacity import measured_capacity
 from lorafleet.training.checkpoint import RunState
 from lorafleet.training.interrupt import listen
 from lorafleet.training.loop import Population
@@ -45,7 +43,7 @@ from lorafleet.training.setup import held_out_rows, run_identity
 
 logger = logging.getLogger(__name__)
 
-Settings = tuple[ModelConfig, DataConfig, LoraConfig, TrainingConfig, RunConfig, SearchConfig]
+Settings = tuple[ModelConfig, DataConfig, LoraConfig, TrainingConfig, RunConfig, SearchConfig, PopulationConfig]
 
 
 class Worker:
@@ -60,7 +58,7 @@ class Worker:
     """
 
     def __init__(self, base: Base, data: Data, space: Space, settings: Settings, name: str = "") -> None:
-        _, self.data_config, self.lora, self.training, self.run, self.search = settings
+        _, self.data_config, self.lora, self.training, self.run, self.search, self.population = settings
         self.base, self.data, self.space, self.settings, self.name = base, data, space, settings, name
         self.held_out = held_out_rows(data, self.run)
         self.bank = LoraBank(base.model, 2)
@@ -86,7 +84,7 @@ class Worker:
     def identity(self) -> dict[str, Any]:
         """What decides the result of a search: a resumed one must agree in all of it, and every worker too."""
         mine = self.search.model_dump(mode="json", exclude=_FREE)
-        _, data_config, lora, training, run, _ = self.settings
+        _, data_config, lora, training, run, *_ = self.settings
         of_lora = lora.model_dump(mode="json")
         return run_identity(self.base, self.data, data_config, "lora", of_lora, training, run) | {"search": mine}
 
@@ -200,7 +198,7 @@ class Worker:
         Without a number from the user that is what memory has room for, and in a grid as many more as it takes for one
         of them to come through all rungs: where fewer meet at a rung, more of them go on.
         """
-        given = self.search.population_size
+        given = self.population.population_size
         sampler, queued = plan_trials(self.search, self.space)
         runs = len(queued) * self.search.seeds_per_trial
         if given is not None:
@@ -208,24 +206,11 @@ class Worker:
         compared = 1 if sampler != "grid" else round(1 / min((*self.budget.shares, 1.0))) * self.search.seeds_per_trial
         wanted = min(runs, math.ceil(compared / self.search.workers))
         rows = self.data.splits["train"]
-        largest = max(self.shapes, key=self._numbers)
         size = max(training.per_device_train_batch_size for training in self._trainings())
         longest = [rows[int(i)] for i in rows.lengths.argsort()[-size:]]
-        slots = [self.bank.add(largest, slot=slot) for slot in range(2)]
-        self.bank.train()
-        slot_bytes = sum(one.value.nbytes for one in self.bank.slot_parameters(0).values())
-        fitting, together = adapters_that_fit(loss_model, longest, slots, slot_bytes, self.search.max_memory, wanted)
-        for slot in slots:
-            self.bank.remove(slot)
+        share = self.population.max_memory
+        fitting, together = measured_capacity(loss_model, self.bank, self.shapes, longest, share, wanted)
         return min(fitting, runs), together
-
-    def _numbers(self, lora: LoraConfig) -> int:
-        """How many an adapter of this shape has."""
-        plain = lora.as_plain()
-        return sum(
-            int(pattern_value(plain.rank_pattern, path, plain.r)) * sum(linear_shape(layer))
-            for path, layer in self.bank.find_targets(lora).items()
-        )
 
     def _trainings(self) -> list[TrainingConfig]:
         """The training knobs at every end of the space."""
@@ -240,5 +225,5 @@ class Worker:
         return [queue.place(trials.candidate_of(name), slot) for name, slot in extra["slots"].items()]
 
 
-_FREE = {"max_memory", "population_size", "keep_trials", "storage", "backend"}
+_FREE = {"keep_trials", "storage", "backend"}
 """Knobs of a search that change nothing in what a trial is worth."""

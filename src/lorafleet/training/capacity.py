@@ -4,8 +4,12 @@ import logging
 from collections.abc import Sequence
 from functools import partial
 
+from lorafleet.config.lora import LoraConfig
 from lorafleet.data.batches import Part, TrainRow, collate
 from lorafleet.evaluation.token_loss import LossModel
+from lorafleet.lora import LoraBank
+from lorafleet.lora.layer import linear_shape
+from lorafleet.lora.targets import pattern_value
 from lorafleet.models.machine import free_memory_bytes, memory_of
 
 logger = logging.getLogger(__name__)
@@ -48,6 +52,43 @@ def adapters_that_fit(
     if adapters <= in_one_pass:
         return in_one_pass, in_one_pass
     return adapters, 1 + int((budget - one - adapters * kept) // further)
+
+
+def measured_capacity(
+    loss_model: LossModel,
+    bank: LoraBank,
+    shapes: Sequence[LoraConfig],
+    rows: Sequence[TrainRow],
+    share: float,
+    wanted: int,
+) -> tuple[int, int]:
+    """:func:`adapters_that_fit` for adapters of the largest of these shapes.
+
+    Args:
+        loss_model: The base and its bank.
+        bank: The bank, with two empty slots and room reserved for the shapes.
+        shapes: What the adapters look like.
+        rows: The largest micro-batch of an adapter.
+        share: Part of the free memory that the population may take.
+        wanted: Adapters that are to have a slot.
+    """
+    largest = max(shapes, key=lambda lora: _numbers(bank, lora))
+    slots = [bank.add(largest, slot=slot) for slot in range(2)]
+    bank.train()
+    slot_bytes = sum(one.value.nbytes for one in bank.slot_parameters(0).values())
+    found = adapters_that_fit(loss_model, rows, slots, slot_bytes, share, wanted)
+    for slot in slots:
+        bank.remove(slot)
+    return found
+
+
+def _numbers(bank: LoraBank, lora: LoraConfig) -> int:
+    """How many an adapter of this shape has."""
+    plain = lora.as_plain()
+    return sum(
+        int(pattern_value(plain.rank_pattern, path, plain.r)) * sum(linear_shape(layer))
+        for path, layer in bank.find_targets(lora).items()
+    )
 
 
 def _pass(loss_model: LossModel, rows: Sequence[TrainRow], slots: Sequence[int]) -> None:

@@ -1,8 +1,10 @@
 """Adapters that wait for a slot, train in it, and leave it to the next."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+from torch import Tensor
 
 from lorafleet.config.lora import LoraConfig
 from lorafleet.config.training import TrainingConfig
@@ -22,6 +24,7 @@ class Candidate:
         rows: Its training rows.
         eval_rows: Its held-out rows; may be empty.
         eval_at: Steps after which it is evaluated.
+        start: Tensors to start from, under PEFT's names; a fresh start where None.
     """
 
     name: str
@@ -30,6 +33,7 @@ class Candidate:
     rows: Sequence[TrainRow]
     eval_rows: Sequence[TrainRow] = ()
     eval_at: Collection[int] = ()
+    start: Mapping[str, Tensor] | None = None
 
 
 class Candidates(Protocol):
@@ -73,6 +77,8 @@ class AdapterQueue:
     def place(self, candidate: Candidate, slot: int) -> Member:
         """Put one adapter into one free slot."""
         self.bank.add(candidate.lora, seed=candidate.training.seed, slot=slot)
+        if candidate.start is not None:
+            self.bank.load_state_dict(slot, candidate.start)
         member = Member(
             candidate.name,
             self.bank,

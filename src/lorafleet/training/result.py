@@ -15,7 +15,7 @@ from lorafleet.config.model import ModelConfig
 from lorafleet.config.training import RunConfig, TrainingConfig, ValidationConfig
 from lorafleet.data.load import Data
 from lorafleet.files.atomic import write_json, write_text
-from lorafleet.files.run_folder import METRICS, RESULT, SETTINGS, lora_shape, model_card, provenance
+from lorafleet.files.run_folder import METRICS, RESULT, SETTINGS, TEMPLATE, lora_shape, model_card, provenance
 from lorafleet.methods.method import Method
 from lorafleet.methods.saved import write_method
 from lorafleet.models.load import Base
@@ -148,7 +148,7 @@ def write_trained(
     }
     trained = write_method(folder, base, method, member.bank, member.slot, metadata)
     base.tokenizer.save_pretrained(folder)
-    write_text(folder / "chat_template.jinja", data.chat_template)
+    write_text(folder / TEMPLATE, data.chat_template)
     return trained
 
 

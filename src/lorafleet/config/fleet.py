@@ -1,0 +1,49 @@
+"""The knobs of a fleet."""
+
+from typing import Literal
+
+from lorafleet.config.knob import Section, knob
+
+Rival = Literal["base", "shared", "prod"]
+Score = Literal["loss", "perplexity", "accuracy", "macro_f1"]
+
+
+class FleetConfig(Section):
+    """What a fleet does with its adapters."""
+
+    alias: str = knob("prod", "The alias that adapters get which pass their gate.")
+    keep: bool = knob(True, "Keep every adapter in the registry: those that pass, and those that do not.")
+    shared: Literal["auto", "none", "plain", "keyed", "both"] = knob(
+        "auto",
+        "Train one adapter on all users' rows too, to compare with: plain, with the user's key in the prompt (keyed), "
+        "or both. auto: both for users, none for tasks.",
+    )
+    warm_start: bool = knob(False, "Start each adapter from the shared one (plain) instead of from zero.")
+
+
+class UsersConfig(Section):
+    """One adapter for each user of a file."""
+
+    data: str = knob(..., "Rows of all users: a file, or a folder with train and test.")
+    key: str = knob("user", "The field that says whose a row is.")
+    min_rows: int = knob(2, "Training rows that a user needs; those with fewer are left out, with the reason.", ge=1)
+    held_out: float = knob(0.2, "Share of each user's rows that is held out, where there is no test file.", gt=0, lt=1)
+    max_users: int | None = knob(None, "Use only the first N users, in the order of the file.", ge=1)
+
+
+class GateConfig(Section):
+    """What an adapter must reach on its held-out rows before its alias moves."""
+
+    at_least: dict[Score, float] = knob({}, "Smallest values of its scores, such as {accuracy: 0.8}.")
+    at_most: dict[Score, float] = knob({}, "Largest values of its scores, such as {loss: 1.5}.")
+    better_than: list[Rival] = knob([], "Whom it must beat by more than chance: base, shared, prod.")
+    not_worse_than: list[Rival] = knob(["base"], "Whom it must not fall behind by more than chance.")
+    metric: Literal["auto", "loss", "accuracy"] = knob(
+        "auto", "By what it is compared with them; auto: accuracy for rows with labels, else loss."
+    )
+    significance: float = knob(0.05, "How often chance alone may make such a difference.", ge=0.005, lt=1)
+    max_forgetting: float | None = knob(
+        None, "Largest rise of the loss on a general text (sample:general_chat), in nats a token.", ge=0
+    )
+    max_megabytes: float | None = knob(None, "Largest size of its weights, in MB.", gt=0)
+    deployable: list[Literal["peft", "vllm", "llama.cpp"]] = knob([], "Runtimes that must be able to serve it.")

@@ -1,0 +1,1 @@
+"""A fleet: many tasks or users, one adapter each, trained together, let through gates, kept in the registry."""

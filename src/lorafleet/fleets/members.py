@@ -1,0 +1,134 @@
+"""The adapters of a fleet as candidates of one population: who waits, who trains, what became of each."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lorafleet.data.load import Data, load_data
+from lorafleet.data.store import TokenRow
+from lorafleet.errors import ConfigError, DataError
+from lorafleet.files.adapter import load_adapter
+from lorafleet.fleets.plan import MemberPlan
+from lorafleet.lora import LoraBank
+from lorafleet.methods.method import Method
+from lorafleet.models.load import Base
+from lorafleet.training.member import Member
+from lorafleet.training.queue import Candidate
+from lorafleet.training.result import write_trained
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FleetMember:
+    """A member whose rows can be trained.
+
+    Args:
+        plan: What was asked for.
+        data: Its rows.
+        measured_on: The split of its rows that it is measured on.
+        folder: Where its adapter goes.
+    """
+
+    plan: MemberPlan
+    data: Data
+    measured_on: str
+    folder: Path
+
+    def held_out(self, most: int) -> list[TokenRow]:
+        """The rows it is measured on."""
+        rows = self.data.splits[self.measured_on]
+        return [rows[i] for i in range(min(len(rows), most))]
+
+
+def load_members(
+    plans: Sequence[MemberPlan], tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> tuple[list[FleetMember], dict[str, str]]:
+    """Read every member's rows.
+
+    Returns:
+        The members whose rows can be trained and measured, and for the others the reason.
+    """
+    members, faults = list[FleetMember](), dict[str, str]()
+    for plan in plans:
+        try:
+            data = load_data(plan.data, tokenizer)
+            if not len(data.train):
+                raise DataError("no row to train on")
+            split = next((name for name in ("test", "valid") if len(data.splits.get(name, ()))), None)
+            if split is None:
+                raise DataError("no row to measure on; give a test file, or a valid_fraction above 0")
+            members.append(FleetMember(plan, data, split, folder / plan.name))
+        except (DataError, ConfigError) as error:
+            faults[plan.name] = str(error)
+            logger.warning("%s is left out: %s", plan.name, error)
+    return members, faults
+
+
+class FleetCandidates:
+    """Lets members into the population in their order; the one that others start from goes first.
+
+    Args:
+        members: All members.
+        base: The base.
+        bank: Its slots.
+        first: The member whose adapter the others start from; None where they start afresh.
+    """
+
+    def __init__(self, members: Sequence[FleetMember], base: Base, bank: LoraBank, first: str | None) -> None:
+        self.members = {member.plan.name: member for member in members}
+        self.base, self.bank, self.first = base, bank, first
+        self.waiting = [name for name in self.members if name != first]
+        self.outcomes: dict[str, str] = {}
+        self.steps: dict[str, int] = {}
+        self.tokens: dict[str, int] = {}
+        if first is not None:
+            self.waiting.insert(0, first)
+
+    def next(self) -> Candidate | None:
+        """The next member, once what it starts from is there."""
+        if not self.waiting:
+            return None
+        name = self.waiting[0]
+        if self.first is not None and name != self.first and self.first not in self.outcomes:
+            return None
+        self.waiting.pop(0)
+        return self.candidate_of(name)
+
+    def candidate_of(self, name: str) -> Candidate:
+        """A member as it enters a slot."""
+        plan = self.members[name].plan
+        return Candidate(name, plan.lora, plan.training, self.members[name].data.train, start=self._start(name))
+
+    def judge(self, evaluated: Sequence[Member]) -> None:
+        """Nobody is judged while it trains."""
+
+    def ended(self, member: Member) -> None:
+        """Keep the adapter of a member that has ended; of one that failed, that it did."""
+        self.outcomes[member.name] = member.progress.status
+        self.steps[member.name], self.tokens[member.name] = member.progress.step, member.progress.tokens
+        if member.progress.status == "finished":
+            one = self.members[member.name]
+            config = self.bank.configs[member.slot]
+            assert config is not None
+            method = Method("lora", "lora", config, member.config)
+            write_trained(one.folder, self.base, member, method, one.data, one.plan.data, {})
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs."""
+        return {"waiting": self.waiting, "outcomes": self.outcomes, "steps": self.steps, "tokens": self.tokens}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.waiting, self.outcomes = list(state["waiting"]), dict(state["outcomes"])
+        self.steps, self.tokens = dict(state["steps"]), dict(state["tokens"])
+
+    def _start(self, name: str) -> dict[str, Tensor] | None:
+        if self.first is None or name == self.first or self.outcomes.get(self.first) != "finished":
+            return None
+        return load_adapter(self.members[self.first].folder).tensors

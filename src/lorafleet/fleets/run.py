@@ -1,0 +1,142 @@
+"""``lorafleet fleet``: one adapter for each task or user, trained together, let through gates, kept in the registry."""
+
+import logging
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lorafleet.config.fleet import GateConfig
+from lorafleet.config.yaml_text import dump_mapping
+from lorafleet.errors import ConfigError, DataError, raise_all
+from lorafleet.files.atomic import write_json, write_text
+from lorafleet.files.run_folder import SETTINGS, clear_run, open_run, provenance
+from lorafleet.fleets.judge import Judge, gain_over
+from lorafleet.fleets.measure import Columns, pooled
+from lorafleet.fleets.members import FleetCandidates, load_members
+from lorafleet.fleets.plan import FleetPlan, MemberPlan, read_plan
+from lorafleet.fleets.report import write_report
+from lorafleet.fleets.result import FleetResult, MemberResult
+from lorafleet.fleets.train import train_members
+from lorafleet.fleets.users import KEYED, PLAIN, Users, kind_of, split_users
+from lorafleet.lora import LoraBank
+from lorafleet.models.load import load_base, load_meta_model, load_tokenizer
+from lorafleet.registry.registry import Registry
+from lorafleet.search.fit import fit_faults
+from lorafleet.training.setup import check_run, prepare_machine
+
+logger = logging.getLogger(__name__)
+
+ADAPTERS, ROWS, RESULTS = "adapters", "rows", "fleet.json"
+
+
+def fleet(config: Mapping[str, Any] | str | os.PathLike[str], /, **knobs: Any) -> FleetResult:
+    """Train one adapter for each task or user, compare each with its rivals, and let the good ones through.
+
+    Args:
+        config: A YAML file with ``tasks`` or ``users``, or the same as a mapping; see :mod:`lorafleet.fleets.plan`.
+        knobs: Knobs of its top level; they override ``config``.
+
+    Returns:
+        Every member with its scores and what became of it.
+
+    Raises:
+        ConfigError: The structure is wrong, or adapters do not fit the base; all faults at once.
+        DataError: Users cannot be told apart, or no member has rows that can be trained.
+        CheckpointError: ``output_dir`` holds another run, or its checkpoint does not belong to this one.
+        RegistryError: The registry cannot be used.
+        Interrupted: SIGINT or SIGTERM came; a checkpoint is saved.
+    """
+    started = time.perf_counter()
+    plan = read_plan(config, knobs)
+    check_run(plan.model, plan.run)
+    registry = None
+    if plan.fleet.keep:
+        registry = Registry(plan.registry.registry, plan.registry.registry_database, create=True)
+    output_dir = Path(plan.run.output_dir)
+    with open_run(output_dir, resume=plan.run.resume_from_checkpoint, overwrite=plan.run.overwrite) as checkpoint:
+        prepare_machine(plan.run)
+        users, plans, left_out = _members_of(plan, output_dir / ROWS)
+        raise_all(ConfigError, fit_faults(load_meta_model(plan.model), [one.lora for one in plans]), "no fleet")
+        members, unreadable = load_members(plans, load_tokenizer(plan.model), output_dir / ADAPTERS)
+        left_out |= unreadable
+        if not members:
+            raise DataError(f"no member has rows to train on; the first: {next(iter(left_out.values()))}")
+        base = load_base(plan.model)
+        if plan.run.overwrite:
+            clear_run(output_dir, keep=checkpoint)
+        write_text(output_dir / SETTINGS, dump_mapping(plan.source))
+        write_json(output_dir / "provenance.json", provenance())
+        candidates = FleetCandidates(members, base, LoraBank(base.model, 2), PLAIN if plan.fleet.warm_start else None)
+        training = time.perf_counter()
+        trained = train_members(plan, base, candidates.bank, candidates, checkpoint)
+        training = time.perf_counter() - training
+        judge = Judge(plan, candidates, registry, users, output_dir / ROWS)
+        judged = [judge.judge(member) for member in members if member.plan.name not in trained.failures]
+        for status, names in (("failed", trained.failures), ("left out", left_out)):
+            judged += [MemberResult(n, kind_of(n, users), status=status, reasons=(why,)) for n, why in names.items()]
+        users_rows = [judge.columns[one.name] for one in judged if one.kind == "user" and one.scores]
+        result = FleetResult(
+            output_dir=str(output_dir),
+            model=base.name,
+            members=tuple(judged),
+            **pool(users_rows),
+            population_size=trained.population_size,
+            tokens=sum(one.tokens for one in judged),
+            train_seconds=training,
+            seconds=time.perf_counter() - started,
+        )
+        write_json(output_dir / RESULTS, result.as_dict())
+        logger.info("the report is in %s", write_report(result))
+        return result
+
+
+def _members_of(plan: FleetPlan, rows: Path) -> tuple[Users | None, list[MemberPlan], dict[str, str]]:
+    """Every member, its rows not yet read; and users who have too few.
+
+    Raises:
+        ConfigError: Two members have one name, or what belongs to users is asked of tasks.
+        DataError: Users cannot be told apart.
+    """
+    kinds = {"auto": (PLAIN, KEYED), "both": (PLAIN, KEYED), "plain": (PLAIN,), "keyed": (KEYED,), "none": ()}
+    shared = kinds[plan.fleet.shared]
+    faults = []
+    if plan.users is None and plan.fleet.shared not in ("auto", "none"):
+        faults.append(f"shared = {plan.fleet.shared!r} is for users; tasks have no rows in common")
+    if plan.fleet.warm_start and (plan.users is None or PLAIN not in shared):
+        faults.append("warm_start needs users, and a shared adapter of theirs: shared = plain or both")
+    raise_all(ConfigError, faults, "the fleet cannot start")
+    if plan.users is None or plan.user_knobs is None:
+        return None, list(plan.tasks), {}
+    shutil.rmtree(rows, ignore_errors=True)  # made anew from the same rows
+    common = plan.user_knobs
+    users = split_users(plan.users, rows, common.training.seed)
+    folders = {name: users.shared[name] for name in shared} | users.folders
+    if double := {task.name for task in plan.tasks} & folders.keys() | {*shared} & users.folders.keys():
+        raise ConfigError(f"two adapters would have one name: {', '.join(sorted(double))}; rename the task or the user")
+    update = {"labels": users.labels} if users.labels else {}
+    plans = [
+        replace(common, name=name, data=common.data.model_copy(update={"data": str(folder), **update}))
+        for name, folder in folders.items()
+    ]
+    return users, [*plan.tasks, *plans], dict(users.left_out)
+
+
+def pool(columns: Sequence[Mapping[str, Columns]]) -> dict[str, Any]:
+    """All users' held-out rows as one set: everybody's metric on them, and how much better own adapters are."""
+    rows = pooled(columns)
+    if not rows:
+        return {"pooled": {}, "pooled_metric": "", "pooled_gains": {}}
+    metric = "accuracy" if "label_right" in rows["own"] else "loss"
+    scores = {who: {metric: _score(one, metric)} for who, one in rows.items()}
+    gains = {who: gain_over(who, GateConfig(), metric, scores, rows) for who in rows if who != "own"}
+    return {"pooled": {who: one[metric] for who, one in scores.items()}, "pooled_metric": metric, "pooled_gains": gains}
+
+
+def _score(rows: Columns, metric: str) -> float:
+    if metric == "accuracy":
+        return sum(rows["label_right"]) / len(rows["label_right"])
+    return sum(rows["loss_sum"]) / sum(rows["loss_tokens"])

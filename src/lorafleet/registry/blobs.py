@@ -1,0 +1,166 @@
+"""The registry's files, each named by the SHA-256 of its bytes: equal files are one, and none ever changes."""
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Protocol
+
+from lorafleet.errors import ConfigError, RegistryError
+from lorafleet.files.atomic import write_bytes, write_new_file
+from lorafleet.models.digest import sha256_file
+
+FOLDER = "blobs"
+
+
+class Blobs(Protocol):
+    """Where the files are."""
+
+    def put(self, digest: str, data: bytes) -> None:
+        """Keep a file. Nothing of it can be seen before all of it can."""
+
+    def has(self, digest: str) -> bool:
+        """Whether a file is there."""
+
+    def read(self, digest: str) -> bytes:
+        """A file's bytes, as they were put.
+
+        Raises:
+            RegistryError: It is missing or damaged.
+        """
+
+    def place(self, digest: str, path: Path) -> None:
+        """Create a local file with a blob's bytes, checked."""
+
+    def sizes(self) -> dict[str, int]:
+        """The bytes of every file that is there."""
+
+    def delete(self, digest: str) -> None:
+        """Remove a file."""
+
+
+class LocalBlobs:
+    """Files in a folder of this machine."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / FOLDER
+
+    def put(self, digest: str, data: bytes) -> None:
+        """Write a file and flush it to disk; one that is there already, and undamaged, stays."""
+        path = self.folder / digest
+        if not path.is_file() or sha256_file(path) != digest:
+            try:
+                write_bytes(path, data)
+            except OSError as error:
+                raise RegistryError(f"cannot write to the registry, {path}: {error.strerror or error}") from error
+            path.chmod(0o444)
+
+    def has(self, digest: str) -> bool:
+        """Whether a file is there."""
+        return (self.folder / digest).is_file()
+
+    def read(self, digest: str) -> bytes:
+        """A file's bytes."""
+        try:
+            return _checked((self.folder / digest).read_bytes(), digest)
+        except OSError as error:
+            raise RegistryError(_missing(digest, error.strerror)) from error
+
+    def place(self, digest: str, path: Path) -> None:
+        """A second name of the same file where the file system has such, else a copy."""
+        source = self.folder / digest
+        if not source.is_file():
+            raise RegistryError(_missing(digest))
+        if sha256_file(source) != digest:
+            raise RegistryError(_damaged(digest))
+        try:
+            os.link(source, path)
+        except OSError:
+            shutil.copyfile(source, path)
+
+    def sizes(self) -> dict[str, int]:
+        """The bytes of every file, those of writers that were killed included, under their names."""
+        if not self.folder.is_dir():
+            return {}
+        return {entry.name: entry.stat().st_size for entry in os.scandir(self.folder) if entry.is_file()}
+
+    def delete(self, digest: str) -> None:
+        """Remove a file."""
+        (self.folder / digest).unlink(missing_ok=True)
+
+
+class RemoteBlobs:
+    """Files in an object store that fsspec reaches (``s3://``, ``gs://``, ``abfs://`` …), whose puts are whole or not.
+
+    Raises:
+        ConfigError: fsspec does not know such a store, or its package is not installed.
+    """
+
+    def __init__(self, url: str) -> None:
+        from fsspec.core import url_to_fs
+
+        try:
+            self.store, root = url_to_fs(url)
+        except (ValueError, ImportError) as error:
+            raise ConfigError(f"registry = {url!r} cannot be opened: {error}") from error
+        self.root = f"{root.rstrip('/')}/{FOLDER}"
+
+    def put(self, digest: str, data: bytes) -> None:
+        """Upload a file that is not there yet, or not whole."""
+        path = f"{self.root}/{digest}"
+        try:
+            if not self.store.exists(path) or self.store.size(path) != len(data):
+                self.store.pipe_file(path, data)
+        except OSError as error:
+            raise RegistryError(f"cannot write to the registry, {path}: {error}") from error
+
+    def has(self, digest: str) -> bool:
+        """Whether a file is there."""
+        return bool(self.store.exists(f"{self.root}/{digest}"))
+
+    def read(self, digest: str) -> bytes:
+        """A file's bytes."""
+        try:
+            data: bytes = self.store.cat_file(f"{self.root}/{digest}")
+        except OSError as error:
+            raise RegistryError(_missing(digest, str(error))) from error
+        return _checked(data, digest)
+
+    def place(self, digest: str, path: Path) -> None:
+        """Download a file."""
+        write_new_file(path, self.read(digest))
+
+    def sizes(self) -> dict[str, int]:
+        """The bytes of every file."""
+        if not self.store.exists(self.root):
+            return {}
+        found: list[dict[str, Any]] = self.store.ls(self.root, detail=True, refresh=True)
+        return {entry["name"].rpartition("/")[2]: int(entry["size"] or 0) for entry in found if entry["type"] == "file"}
+
+    def delete(self, digest: str) -> None:
+        """Remove a file."""
+        self.store.rm_file(f"{self.root}/{digest}")
+
+
+def open_blobs(location: str) -> Blobs:
+    """The files of the registry at a local path or at a URL that fsspec knows."""
+    scheme, found, rest = location.partition("://")
+    if found and scheme not in ("file", "local"):
+        return RemoteBlobs(location)
+    return LocalBlobs(Path(rest if found else location).expanduser())
+
+
+def _checked(data: bytes, digest: str) -> bytes:
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise RegistryError(_damaged(digest))
+    return data
+
+
+def _damaged(digest: str) -> str:
+    return f"the registry's file {digest} is damaged: its SHA-256 differs; add the adapter again to mend it"
+
+
+def _missing(digest: str, reason: str | None = None) -> str:
+    return (
+        f"the registry's file {digest} is missing{f' ({reason})' if reason else ''}; add the adapter again to mend it"
+    )

@@ -1,0 +1,29 @@
+"""An adapter by its name in the registry, wherever a folder is taken."""
+
+from pathlib import Path
+
+from lorafleet.config.registry import RegistryConfig
+from lorafleet.config.use import AdapterConfig
+from lorafleet.errors import AdapterError, ConfigError, RegistryError
+from lorafleet.registry.names import parse_reference
+from lorafleet.registry.registry import Registry
+
+
+def located(config: AdapterConfig, registry: RegistryConfig) -> AdapterConfig:
+    """The same with a folder in place of a name of the registry.
+
+    A folder that is there, and whatever looks like a path, is taken as it is.
+
+    Raises:
+        AdapterError: It is neither a folder nor in a registry.
+        RegistryError: The registry lacks it, or it is damaged there.
+    """
+    text = config.adapter
+    if text is None or Path(text).is_dir() or text.startswith((".", "~")) or "/" in text or "\\" in text:
+        return config
+    try:
+        parse_reference(text)
+        opened = Registry(registry.registry, registry.registry_database)
+    except (ConfigError, RegistryError) as error:
+        raise AdapterError(f"there is no adapter folder at {text}, and as a name of the registry: {error}") from error
+    return config.model_copy(update={"adapter": str(opened.folder(opened.find(text)))})

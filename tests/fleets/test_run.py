@@ -1,0 +1,221 @@
+"""A fleet from its file to the registry, on a tiny base: together as alone, each with its own rows, resumed exactly."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lorafleet.cli.main import main
+from lorafleet.errors import ConfigError, DataError, Interrupted, TrainingError
+from lorafleet.files.adapter import load_adapter
+from lorafleet.fleets.result import FleetResult, MemberResult
+from lorafleet.fleets.run import fleet
+from lorafleet.registry.registry import Registry
+from lorafleet.registry.upkeep import verify
+from lorafleet.training.run import train
+from tests.tiny import tiny_base_folder
+
+KNOBS = {"r": 2, "learning_rate": 1e-2, "per_device_train_batch_size": 2, "max_steps": 3}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, two tasks and some users."""
+    folder = tmp_path_factory.mktemp("fleet")
+    tiny_base_folder(folder / "base", "llama")
+    write(folder / "moods.jsonl", [{"text": f"the day {i}", "label": ("good", "bad")[i % 2]} for i in range(20)])
+    write(folder / "chat.jsonl", [{"prompt": f"what is {i}?", "completion": f"it is {i}"} for i in range(12)])
+    write(folder / "broken.jsonl", [{"text": "a", "label": "good"}, {"text": "b"}])
+    write(folder / "users.jsonl", user_rows({"ann": "good", "bob": "bad", "cy/7": "good"}))
+    return folder
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def user_rows(moods: dict[str, str], count: int = 6) -> list[dict[str, Any]]:
+    return [{"user": user, "text": f"the day {i}", "label": mood} for user, mood in moods.items() for i in range(count)]
+
+
+def settings(place: Path, name: str, **changes: Any) -> dict[str, Any]:
+    top = {"model": str(place / "base"), "output_dir": str(place / name), "registry": str(place / name / "registry")}
+    return top | {"defaults": KNOBS, "population_size": 2} | changes
+
+
+def tasks(place: Path) -> dict[str, Any]:
+    return {
+        "moods": {"data": str(place / "moods.jsonl"), "valid_fraction": 0.2},
+        "chat": {"data": str(place / "chat.jsonl"), "valid_fraction": 0.2, "r": 4, "seed": 7},
+        "broken": {"data": str(place / "broken.jsonl"), "valid_fraction": 0.2},
+    }
+
+
+def by_name(result: FleetResult) -> dict[str, MemberResult]:
+    return {one.name: one for one in result.members}
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return load_adapter(folder).tensors
+
+
+def test_tasks(place: Path) -> None:
+    result = fleet(settings(place, "tasks", tasks=tasks(place), gate={"not_worse_than": []}))
+    found = by_name(result)
+    assert {name: one.status for name, one in found.items()} == {
+        "moods": "passed",
+        "chat": "passed",
+        "broken": "left out",
+    }
+    assert "broken.jsonl:2" in found["broken"].reasons[0]
+    assert found["moods"].scores is not None and {"own", "base", "majority"} == found["moods"].scores.keys()
+    assert (found["moods"].metric, found["chat"].metric) == ("accuracy", "loss")
+    assert (found["moods"].trained_rows, found["moods"].measured_rows, found["moods"].steps) == (16, 4, 3)
+    registry = Registry(str(place / "tasks" / "registry"))
+    assert registry.find("moods@prod").label == found["moods"].version == "moods:1"
+    assert registry.find("chat").scores == found["chat"].scores["own"]  # type: ignore[index]
+    verify(registry)
+    report = (place / "tasks" / "report.html").read_text()
+    assert "3 adapters: 2 passed, 1 left out" in report and "broken.jsonl:2" in report and "<svg" in report
+    assert json.loads((place / "tasks" / "fleet.json").read_text())["model"] == result.model
+    alone = train(
+        {"model": str(place / "base"), "output_dir": str(place / "alone"), "eval_strategy": "no"}
+        | KNOBS
+        | tasks(place)["chat"]
+    )
+    mine = tensors(place / "tasks" / "adapters" / "chat")
+    for name, wanted in tensors(Path(alone.adapter)).items():
+        torch.testing.assert_close(mine[name], wanted, rtol=1e-4, atol=1e-6)
+    assert found["chat"].scores is not None
+    assert found["chat"].scores["own"]["loss"] == pytest.approx(alone.eval_loss, rel=1e-4)
+
+
+def test_a_gate_that_is_not_passed(place: Path) -> None:
+    one = {"moods": tasks(place)["moods"] | {"gate": {"at_most": {"loss": 0.01}}}}
+    registry = str(place / "shared-registry")
+    first = fleet(settings(place, "strict", tasks=one, registry=registry))
+    assert first.members[0].status == "rejected"
+    assert "loss" in first.members[0].reasons[0] and "is above 0.0100" in first.members[0].reasons[0]
+    kept = Registry(registry)
+    assert kept.find("moods:1").rejected == "; ".join(first.members[0].reasons)
+    assert kept.find("moods:1").aliases == ()
+    good = {"moods": tasks(place)["moods"] | {"seed": 1}}
+    second = fleet(settings(place, "good", tasks=good, registry=registry, gate={"not_worse_than": []}))
+    assert second.members[0].version == "moods:2"
+    third = fleet(settings(place, "third", tasks=one, registry=registry))
+    assert third.members[0].scores is not None and "prod" in third.members[0].scores
+    assert kept.find("moods@prod").label == "moods:2"
+
+
+def test_users_with_shared_adapters(place: Path) -> None:
+    result = fleet(settings(place, "users", users={"data": str(place / "users.jsonl")}, gate={"not_worse_than": []}))
+    found = by_name(result)
+    assert [one.kind for one in result.members] == ["shared", "shared", "user", "user", "user"]
+    assert found["ann"].scores is not None
+    assert {"own", "base", "shared", "shared keyed", "majority"} == found["ann"].scores.keys()
+    assert {"own", "base", "shared", "shared keyed", "majority"} == result.pooled.keys()
+    assert result.pooled["majority"] == 1.0
+    assert len(found) == 5 and any(name.startswith("cy-7-") for name in found)
+
+
+def test_no_row_reaches_another_users_adapter(place: Path) -> None:
+    def train_users(name: str, moods: dict[str, str]) -> Path:
+        write(place / f"{name}.jsonl", user_rows(moods))
+        users = {"data": str(place / f"{name}.jsonl")}
+        fleet(settings(place, name, users=users, shared="none", keep=False, population_size=3))
+        return place / name / "adapters"
+
+    first = train_users("one", {"ann": "good", "bob": "bad", "cy": "bad"})
+    second = train_users("two", {"ann": "good", "bob": "good", "cy": "bad"})
+    for name, equal in (("ann", True), ("cy", True), ("bob", False)):
+        a, b = tensors(first / name), tensors(second / name)
+        assert all(torch.allclose(a[key], b[key], rtol=1e-4, atol=1e-6) for key in a) == equal
+    assert not (place / "one" / "registry").exists()
+
+
+def test_a_warm_start(place: Path) -> None:
+    changes = {"users": {"data": str(place / "users.jsonl")}, "shared": "plain", "warm_start": True}
+    frozen = KNOBS | {"learning_rate": 1e-12}
+    fleet(settings(place, "warm", **changes, defaults=KNOBS))
+    shared = tensors(place / "warm" / "adapters" / "shared")
+    fleet(settings(place, "still", **changes, defaults=frozen))
+    started = tensors(place / "still" / "adapters" / "ann")
+    assert all(torch.allclose(started[key], one) for key, one in tensors(place / "still/adapters/shared").items())
+    moved = tensors(place / "warm" / "adapters" / "ann")
+    assert any(not torch.allclose(moved[key], one) for key, one in shared.items())
+    registry = Registry(str(place / "warm" / "registry"))
+    assert registry.find("ann:1").lineage["parent"] == registry.find("shared:1").revision
+
+
+@contextmanager
+def stops_after(steps: int) -> Iterator[Any]:
+    asked = iter(range(steps))
+    yield lambda: next(asked, None) is None
+
+
+def test_an_interrupted_fleet_goes_on_as_if_it_had_not_stopped(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = fleet(settings(place, "whole", tasks=tasks(place)))
+    broken = settings(place, "stopped", tasks=tasks(place))
+    with monkeypatch.context() as patch:
+        patch.setattr("lorafleet.fleets.train.listen", lambda: stops_after(1))
+        with pytest.raises(Interrupted, match="--resume-from-checkpoint true"):
+            fleet(broken)
+    resumed = fleet(broken, resume_from_checkpoint=True)
+    for one, other in zip(whole.members, resumed.members, strict=True):
+        assert (one.name, one.scores, one.status, one.steps, one.tokens) == (
+            other.name,
+            other.scores,
+            other.status,
+            other.steps,
+            other.tokens,
+        )
+    for name in ("moods", "chat"):
+        files = [place / run / "adapters" / name / "adapter_model.safetensors" for run in ("whole", "stopped")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_nan_stops_its_adapter_alone(place: Path) -> None:
+    wild = {"wild": tasks(place)["moods"] | {"learning_rate": 1e30, "max_grad_norm": 0, "max_steps": 6}}
+    result = by_name(fleet(settings(place, "wild", tasks=tasks(place) | wild, gate={"not_worse_than": []})))
+    assert result["wild"].status == "failed" and "moods.jsonl" in result["wild"].reasons[0]
+    assert result["moods"].status == "passed"
+    with pytest.raises(TrainingError, match="every adapter failed; the first"):
+        fleet(settings(place, "all-wild", tasks=wild))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (
+            {"tasks": {"a": {"data": "nowhere.jsonl"}}},
+            DataError,
+            "no member has rows to train on; the first: .*nowhere",
+        ),
+        ({"tasks": {"a": {"data": "x", "target_modules": ["q"]}}}, ConfigError, "target_modules"),
+        ({"shared": "plain", "tasks": {"a": {"data": "x"}}}, ConfigError, "shared = 'plain' is for users"),
+        ({"warm_start": True, "tasks": {"a": {"data": "x"}}}, ConfigError, "warm_start needs users"),
+        ({"users": {"data": "users.jsonl", "key": "usr"}}, DataError, "did you mean 'user'"),
+        ({"users": {"data": "users.jsonl"}, "tasks": {"ann": {"data": "x"}}}, ConfigError, "one name: ann"),
+    ],
+)
+def test_what_cannot_start(
+    place: Path, changes: dict[str, Any], error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    with pytest.raises(error, match=message):
+        fleet(settings(place, "nothing", **changes))
+    assert not list((place / "nothing").glob("adapters/*"))
+
+
+def test_the_command(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "fleet.yml").write_text(json.dumps(settings(place, "command", tasks=tasks(place))))
+    assert main(["fleet", str(place / "fleet.yml")]) == 0
+    text = capsys.readouterr().out
+    for part in ("moods", "left out", "The report:", "adapters together"):
+        assert part in text
+    assert main(["fleet", str(place / "command" / "lorafleet.yaml"), "--overwrite", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["members"]) == 3
