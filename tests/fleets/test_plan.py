@@ -22,6 +22,8 @@ def test_tasks_are_their_own_knobs_over_the_defaults(tmp_path: Path) -> None:
     assert (a.name, a.data.data, a.lora.r, a.training.learning_rate) == ("a", "a.jsonl", 4, 1e-3)
     assert (b.lora.r, b.gate.at_least, b.gate.at_most) == (16, {"accuracy": 0.6}, {"loss": 1.5})
     assert a.gate.at_most == {}
+    assert plan.run.save_strategy == "steps"
+    assert read_plan(file, {"save_strategy": "epoch"}).run.save_strategy == "epoch"
     assert (plan.run.output_dir, plan.users, plan.source["output_dir"]) == ("elsewhere", None, "elsewhere")
 
 

@@ -8,6 +8,7 @@ from lorafleet.cli.command import Command, click_command
 from lorafleet.cli.help import Argument
 from lorafleet.cli.quickstart import KNOBS
 from lorafleet.config import (
+    FLEET_DEFAULTS,
     AdapterConfig,
     AdviseConfig,
     CompareConfig,
@@ -61,6 +62,7 @@ COMMANDS = (
         "Train one adapter for each task or user together, let the good ones through, keep all in the registry.",
         (ModelConfig, RunConfig, PopulationConfig, RegistryConfig, FleetConfig),
         Argument("CONFIG", True, "A YAML file with tasks or users, their defaults and gates; flags override the rest."),
+        defaults=FLEET_DEFAULTS,
         examples=("lorafleet fleet fleet.yml", "lorafleet fleet fleet.yml --resume-from-checkpoint"),
     ),
     Command(

@@ -138,7 +138,8 @@ def _kind(annotation: Any) -> Kind:
 
 def _metavar(flag: Flag) -> str:
     names = [_type_name(member) for member in _members(flag.field.annotation) if member not in (type(None), bool)]
-    shown = names[-1]  # of ``str | list[str]`` the list
+    # Of ``str | list[str]`` the list; a number or words are both shown.
+    shown = "|".join(names) if names[0] == "INTEGER" else names[-1]
     return f"[{shown}]" if flag.kind == "optional" else shown
 
 

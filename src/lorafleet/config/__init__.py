@@ -3,7 +3,7 @@
 from lorafleet.config.advice import AdviseConfig
 from lorafleet.config.compare import CompareConfig, EstimateConfig, MethodsConfig
 from lorafleet.config.data import DataConfig
-from lorafleet.config.fleet import FleetConfig, GateConfig, UsersConfig
+from lorafleet.config.fleet import FLEET_DEFAULTS, FleetConfig, GateConfig, UsersConfig
 from lorafleet.config.knob import Section, knob, other_names, switches
 from lorafleet.config.load import dump_sections, known_names, load_sections
 from lorafleet.config.lora import LoraConfig
@@ -31,6 +31,7 @@ from lorafleet.config.use import (
 )
 
 __all__ = [
+    "FLEET_DEFAULTS",
     "AdapterConfig",
     "AddConfig",
     "AdviseConfig",

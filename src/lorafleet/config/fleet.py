@@ -8,6 +8,10 @@ Rival = Literal["base", "shared", "prod"]
 Score = Literal["loss", "perplexity", "accuracy", "macro_f1"]
 
 
+FLEET_DEFAULTS = {"save_strategy": "steps"}
+"""Small members end an epoch every few steps, each at another one, and a checkpoint holds all of them."""
+
+
 class FleetConfig(Section):
     """What a fleet does with its adapters."""
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafleet.config.data import DataConfig
-from lorafleet.config.fleet import FleetConfig, GateConfig, UsersConfig
+from lorafleet.config.fleet import FLEET_DEFAULTS, FleetConfig, GateConfig, UsersConfig
 from lorafleet.config.load import load_sections
 from lorafleet.config.lora import LoraConfig
 from lorafleet.config.model import ModelConfig
@@ -112,6 +112,8 @@ def read_plan(source: Mapping[str, Any] | str | os.PathLike[str], knobs: Mapping
     for once in ("overwrite", "resume_from_checkpoint", "resume"):
         whole_source.pop(once, None)  # what one call was allowed to do
     model, run, population, registry, fleet = whole
+    if "save_strategy" not in run.model_fields_set:
+        run = run.model_copy(update=FLEET_DEFAULTS)
     named = tuple(one for one in tasks if one is not None)
     return FleetPlan(whole_source, model, run, population, registry, fleet, named, users, user_knobs)
 
