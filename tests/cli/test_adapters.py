@@ -45,7 +45,7 @@ def test_from_add_to_rollback(registry: Path, tmp_path: Path, capsys: pytest.Cap
     assert "2 changed" in text and told["scores"] == {"loss": [0.5, 0.25]}
     assert main(["adapters", "rollback", "reviews"]) == 0
     assert "rollback: reviews@prod is reviews:1 (was reviews:2)" in capsys.readouterr().out
-    assert "as they were written" in run("verify", capsys=capsys)[0]
+    assert "all as they were written" in run("verify", capsys=capsys)[0]
     assert "would be deleted: 0 versions" in run("gc", "--keep", "1", "--dry-run", capsys=capsys)[0]
     assert main(["adapters", "export", "reviews:1", "--output", str(tmp_path / "x.tar")]) == 0
     capsys.readouterr()

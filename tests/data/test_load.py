@@ -234,6 +234,14 @@ def test_labels_become_a_task(load: Callable[..., Data], tmp_path: Path) -> None
     assert data.label_ids[1][-1] in data.stop_ids
 
 
+def test_labels_that_no_row_has(load: Callable[..., Data], tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"text": f"t{n}", "label": "good"} for n in range(10)])
+    data = load(path, labels=["fair", "bad"])
+    row = data.splits["train"][0]
+    assert (data.labels, len(data.label_ids)) == (("bad", "fair", "good"), 3)
+    assert "labels: bad, fair, good." in TOKENIZER.decode(row.input_ids[: row.prompt_length])
+
+
 def test_many_labels_are_not_listed_and_templates_replace_the_prompt(load: Callable[..., Data], tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"text": f"t{n}", "label": f"label-{n % 21}"} for n in range(42)])
     row = load(path).splits["train"][0]
@@ -283,17 +291,18 @@ def test_labels_that_look_wrong_are_warned_about(load: Callable[..., Data], tmp_
         ("text_label", {"prompt_template": "{txt}"}, "{txt}; only {text} and {labels} are filled in; did you mean"),
         ("text", {"prompt_template": "{text}"}, "prompt_template is for text/label rows"),
         ("text", {"system_prompt": "s"}, "system_prompt is for conversations"),
+        ("messages", {"labels": ["a"]}, "labels is for text/label rows"),
         ("messages", {"chat_template": "nowhere.jinja"}, "chat_template = 'nowhere.jinja' cannot be read"),
         ("messages", {"chat_template": "{folder}/bad.jinja"}, "cannot be used"),
         ("messages", {"chat_template": "{folder}/refuses.jinja"}, "cannot be used: .*never this"),
     ],
 )
 def test_knobs_that_do_not_fit_the_rows(
-    load: Callable[..., Data], tmp_path: Path, shape: str, knobs: dict[str, str], reason: str
+    load: Callable[..., Data], tmp_path: Path, shape: str, knobs: dict[str, Any], reason: str
 ) -> None:
     (tmp_path / "bad.jinja").write_text("{% for x in %}")
     (tmp_path / "refuses.jinja").write_text("{{ raise_exception('never this') }}")
-    knobs = {key: value.replace("{folder}", str(tmp_path)) for key, value in knobs.items()}
+    knobs = {key: v.replace("{folder}", str(tmp_path)) if isinstance(v, str) else v for key, v in knobs.items()}
     with pytest.raises(ConfigError, match=reason):
         load(write(tmp_path / "a.jsonl", [good_row(shape, n) for n in range(4)]), **knobs)
 

@@ -94,7 +94,7 @@ rollback = promote
 def verify(result: "VerifyResult") -> None:
     """That all is well, and how much was read."""
     put(
-        f"{result.versions} versions of {result.revisions} revisions, {result.aliases} aliases: as they were written",
+        f"versions {result.versions}, revisions {result.revisions}, aliases {result.aliases}: all as they were written",
         f"{result.files} files, {size(result.bytes)}, were read and compared with their hashes",
         *([f"{result.unused} files belong to no revision; `lorafleet adapters gc` deletes them"] * bool(result.unused)),
     )

@@ -106,6 +106,7 @@ def bars(methods: Sequence[Row], value_of: Callable[[Row], float], label: str, *
     axes.bar_label(drawn, [f"{value:,.3g}" if value < 1000 else f"{value:,.0f}" for value in values], padding=4)
     if log:
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: in_short(value)))
     axes.invert_yaxis()
     axes.margins(x=0.2)
     axes.set(xlabel=label)
