@@ -122,6 +122,14 @@ def test_users_with_shared_adapters(place: Path) -> None:
     assert len(found) == 5 and any(name.startswith("cy-7-") for name in found)
 
 
+def test_a_broken_row_of_one_user_rejects_that_user_alone(place: Path) -> None:
+    write(place / "bad.jsonl", [*user_rows({"ann": "good", "bob": "bad"}), {"user": "bob", "text": "no label"}])
+    users = {"data": str(place / "bad.jsonl")}
+    found = by_name(fleet(settings(place, "bad", users=users, shared="plain", gate={"not_worse_than": []})))
+    assert {name: one.status for name, one in found.items()} == {"shared": "passed", "ann": "passed", "bob": "left out"}
+    assert "cannot be used" in found["bob"].reasons[0]
+
+
 def test_no_row_reaches_another_users_adapter(place: Path) -> None:
     def train_users(name: str, moods: dict[str, str]) -> Path:
         write(place / f"{name}.jsonl", user_rows(moods))

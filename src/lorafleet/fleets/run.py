@@ -117,10 +117,12 @@ def _members_of(plan: FleetPlan, rows: Path) -> tuple[Users | None, list[MemberP
     folders = {name: users.shared[name] for name in shared} | users.folders
     if double := {task.name for task in plan.tasks} & folders.keys() | {*shared} & users.folders.keys():
         raise ConfigError(f"two adapters would have one name: {', '.join(sorted(double))}; rename the task or the user")
-    update = {"labels": users.labels} if users.labels else {}
+    own = {"labels": users.labels} if users.labels else {}
+    everybodys = own | {"on_bad_rows": "skip"}  # a row that cannot be used is told of its user
     plans = [
-        replace(common, name=name, data=common.data.model_copy(update={"data": str(folder), **update}))
+        replace(common, name=name, data=common.data.model_copy(update={"data": str(folder)} | knobs))
         for name, folder in folders.items()
+        for knobs in (everybodys if name in users.shared else own,)
     ]
     return users, [*plan.tasks, *plans], dict(users.left_out)
 
