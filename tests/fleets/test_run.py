@@ -159,6 +159,14 @@ def test_a_warm_start(place: Path) -> None:
     assert registry.find("ann:1").lineage["parent"] == registry.find("shared:1").revision
 
 
+def test_a_rejected_shared_adapter_stays_rejected_as_a_parent(place: Path) -> None:
+    changes = {"users": {"data": str(place / "users.jsonl")}, "shared": "plain", "warm_start": True}
+    fleet(settings(place, "none-pass", **changes, gate={"at_most": {"loss": 0.0}}))
+    registry = Registry(str(place / "none-pass" / "registry"))
+    assert registry.find("shared:1").rejected is not None
+    assert registry.find("ann:1").lineage["parent"] == registry.find("shared:1").revision
+
+
 @contextmanager
 def stops_after(steps: int) -> Iterator[Any]:
     asked = iter(range(steps))

@@ -46,6 +46,7 @@ class Judge:
         size = plan.run.per_device_eval_batch_size
         self.rivals = Rivals(self.base, candidates.bank, size, (folders[0], folders[1]))
         self.columns: dict[str, dict[str, Columns]] = {}
+        self.versions: dict[str, str | None] = {}
 
     def judge(self, member: FleetMember) -> MemberResult:
         """Measure one adapter, decide, and keep it."""
@@ -55,6 +56,7 @@ class Judge:
             self.columns[name] = told["columns"]
             known = told["result"]
             known |= {"reasons": tuple(known["reasons"]), "interval": known["interval"] and tuple(known["interval"])}
+            self.versions[name] = known["version"]
             return MemberResult(**known)
         rows = member.held_out(self.plan.run.max_eval_rows)
         prod = adapter_in_use(self.registry, member, self.plan.fleet.alias, self.base)
@@ -82,7 +84,7 @@ class Judge:
             version=self._keep(member, scores["own"], reasons),
         )
         logger.info("%s %s: %s", name, result.status, "; ".join(reasons) or "through its gate")
-        self.columns[name] = columns
+        self.columns[name], self.versions[name] = columns, result.version
         write_json(place, {"result": asdict(result), "columns": columns})
         return result
 
@@ -102,10 +104,7 @@ class Judge:
         """Put the adapter into the registry with its verdict, and move its alias if it passes."""
         if self.registry is None:
             return None
-        parent = None
-        first = self.candidates.first
-        if first is not None and member.plan.name != first:
-            parent = f"sha256:{self.registry.add(self.candidates.members[first].folder, first).revision}"
+        parent = self.versions.get(self.candidates.first or "")  # judged before those that started from it
         why = "; ".join(reasons) or None
         version = self.registry.add(member.folder, member.plan.name, scores=scores, parent=parent, rejected=why)
         if why is None:

@@ -43,11 +43,11 @@ class Rivals:
     ) -> None:
         self.base, self.bank, self.batch_size = base, bank, batch_size
         self.loss_model = LossModel(base.model, bank, base.tokenizer.pad_token_id)
-        self.shared = dict[int, bool]()
+        self.shared = set[int]()
         for slot, folder in zip((_SHARED, _KEYED), shared, strict=True):
             if folder is not None:
                 self._fill(slot, load_adapter(folder))
-                self.shared[slot] = True
+                self.shared.add(slot)
         self._general: list[TokenRow] | None = None
         self._general_before = 0.0
 
@@ -78,10 +78,11 @@ class Rivals:
             measured["shared keyed"] = self._measure(_KEYED, keyed, [test[i] for i in range(len(rows))])
         if prod is not None:
             self.bank.remove(_PROD)
-        scores, columns = ({who: both[i] for who, both in measured.items()} for i in (0, 1))
+        scores = {who: metrics for who, (metrics, _) in measured.items()}
+        columns = {who: shares for who, (_, shares) in measured.items()}
         if member.data.task == "label":
             scores["majority"], columns["majority"] = _majority(member.data, rows)
-        return scores, columns  # type: ignore[return-value]
+        return scores, columns
 
     def forgetting(self) -> float:
         """By how much the loss on a general text has risen for the adapter that was compared last, in nats a token."""
