@@ -28,11 +28,13 @@ if TYPE_CHECKING:
     from lorafleet.models.machine import doctor
     from lorafleet.registry.registry import Registry
     from lorafleet.search.run import tune
+    from lorafleet.serving.pool import AdapterPool
     from lorafleet.training.run import train
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterPool",
     "LoraBank",
     "LoraConfig",
     "LoraLinear",
@@ -55,6 +57,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AdapterPool": "lorafleet.serving.pool",
     "LoraBank": "lorafleet.lora",
     "LoraConfig": "lorafleet.config",
     "LoraLinear": "lorafleet.lora",

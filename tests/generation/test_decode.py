@@ -6,7 +6,7 @@ import torch
 from lorafleet.config import GenerationConfig
 from lorafleet.errors import ConfigError, ModelError, RoutingError
 from lorafleet.generation import answer_text, generate_ids, stop_ids
-from lorafleet.generation.decode import pad_left
+from lorafleet.generation.padded import pad_left
 from lorafleet.generation.stops import template_stops
 from tests.generation.tiny_bank import tiny_base, trained_bank
 from tests.tiny import ARCHITECTURES, tiny_tokenizer

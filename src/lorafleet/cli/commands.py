@@ -11,6 +11,7 @@ from lorafleet.config import (
     FLEET_DEFAULTS,
     AdapterConfig,
     AdviseConfig,
+    ChatConfig,
     CompareConfig,
     DataConfig,
     EstimateConfig,
@@ -22,6 +23,7 @@ from lorafleet.config import (
     MethodConfig,
     MethodsConfig,
     ModelConfig,
+    PoolConfig,
     PopulationConfig,
     PromptConfig,
     RegistryConfig,
@@ -120,6 +122,19 @@ COMMANDS = (
         examples=(
             'lorafleet generate --adapter runs/first --prompt "Hello" --with-base',
             "lorafleet generate --model smollm2-135m --prompts questions.txt --temperature 0.7 --json",
+        ),
+    ),
+    Command(
+        "chat",
+        "chat",
+        "Talk with the base and its adapters: switch with /adapter, put two side by side with /compare.",
+        (ModelConfig, AdapterConfig, RegistryConfig, ChatConfig, GenerationConfig, PoolConfig),
+        home="lorafleet.cli.chat",
+        streams=True,
+        examples=(
+            "lorafleet chat --adapter reviews@prod",
+            "lorafleet chat --model smollm2-135m --temperature 0.7 --system-prompt 'Answer in one sentence.'",
+            "lorafleet chat --adapter runs/first --json < questions.txt",
         ),
     ),
     Command(

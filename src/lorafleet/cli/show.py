@@ -14,6 +14,7 @@ from lorafleet.search.space import in_words
 
 if TYPE_CHECKING:
     from lorafleet.advice.run import Advice
+    from lorafleet.cli.chat import ChatResult
     from lorafleet.cli.quickstart import QuickstartResult
     from lorafleet.comparison.result import CompareResult
     from lorafleet.data.report import DataReport
@@ -176,6 +177,10 @@ def generate(result: "GenerateResult") -> None:
             click.echo(("\n" if alone else "") + f"[base] {answer.base_text}")
         if not alone:
             click.echo()
+
+
+def chat(result: "ChatResult") -> None:
+    """Nothing: it was printed as it came."""
 
 
 def merge(result: "MergeResult") -> None:

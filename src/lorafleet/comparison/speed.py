@@ -8,7 +8,7 @@ from statistics import median
 import torch
 from transformers import GenerationConfig
 
-from lorafleet.generation.decode import pad_left, route_rows, virtual_tokens
+from lorafleet.generation.padded import pad_left, route_rows, virtual_tokens
 from lorafleet.lora import Slots
 from lorafleet.models.load import Base
 

@@ -20,6 +20,7 @@ from lorafleet.config.registry import (
     RegistryConfig,
 )
 from lorafleet.config.search import SearchConfig
+from lorafleet.config.serving import ChatConfig, PoolConfig
 from lorafleet.config.training import PopulationConfig, RunConfig, TrainingConfig, ValidationConfig
 from lorafleet.config.use import (
     AdapterConfig,
@@ -36,6 +37,7 @@ __all__ = [
     "AddConfig",
     "AdviseConfig",
     "AliasConfig",
+    "ChatConfig",
     "CompareConfig",
     "ConvertConfig",
     "DataConfig",
@@ -53,6 +55,7 @@ __all__ = [
     "MethodConfig",
     "MethodsConfig",
     "ModelConfig",
+    "PoolConfig",
     "PopulationConfig",
     "PromoteConfig",
     "PromptConfig",

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 from lorafleet.errors import DataError, ModelError
 from lorafleet.evaluation.label_search import LabelSearch, LabelTrie, build_trie
-from lorafleet.generation.decode import route_rows
+from lorafleet.generation.padded import route_rows
 from lorafleet.lora import Slots
 from lorafleet.lora.slots import answering
 from lorafleet.models.load import Base

@@ -1,7 +1,7 @@
 """The loss of supervised tokens, computed where it counts and never for the whole vocabulary at once."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -19,6 +19,7 @@ from lorafleet.lora.layer import mix_key
 from lorafleet.lora.packed import PackedWeight, pack
 from lorafleet.lora.slots import answering
 from lorafleet.models.attention import FlatLayout, flat_inputs, use_flat_attention
+from lorafleet.models.head import few_ids, plain_decoder
 from lorafleet.models.shared_prompts import SharedPrompts
 from lorafleet.pace import Pace
 
@@ -116,32 +117,17 @@ class LossModel:
         with torch.no_grad(), bank.disabled() if bank else nullcontext():
             own = bank is not None and bank.padded_model is not None
             self.flat = not own and not padded and use_flat_attention(model)
-            self.decoder = None if own else self._plain_decoder()
+            self.decoder = None if own else plain_decoder(model)
         self._packed_head: PackedWeight | None = None
 
     def speed_up(self) -> None:
         """Prepare bank and output head for many steps (see ``Slots.speed_up``)."""
         if self.bank is not None:
-            self.bank.speed_up(lambda: self.model(input_ids=self._few_ids(), use_cache=False))
+            self.bank.speed_up(lambda: self.model(input_ids=few_ids(self.model), use_cache=False))
         head = self.model.get_output_embeddings()
         trains = self.bank is not None and head is not None and head.weight.requires_grad
         if isinstance(head, nn.Linear) and not trains:
             self._packed_head = pack(head.weight)
-
-    def _plain_decoder(self) -> Callable[..., Any] | None:
-        """The part of the model before its head, if head(decoder(x)) equals the model's logits."""
-        decoder, head = self.model.base_model, self.model.get_output_embeddings()
-        if decoder is self.model or head is None:
-            return None
-        ids = self._few_ids()
-        mine = head(decoder(input_ids=ids, use_cache=False)[0])
-        wanted = self.model(input_ids=ids, use_cache=False).logits
-        same = mine.shape == wanted.shape
-        # On the meta device there are no values to compare.
-        return decoder if same and (mine.is_meta or torch.allclose(mine, wanted, rtol=1e-4, atol=1e-4)) else None
-
-    def _few_ids(self) -> Tensor:
-        return torch.arange(5, device=self.device)[None]
 
     def __call__(self, batch: FlatBatch) -> TokenLoss:
         """Loss of a batch; a batch without targets has loss 0."""

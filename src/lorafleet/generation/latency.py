@@ -6,7 +6,7 @@ from statistics import median
 import torch
 from transformers import GenerationConfig
 
-from lorafleet.generation.decode import route_rows
+from lorafleet.generation.padded import route_rows
 from lorafleet.lora import BASE_ONLY, LoraBank
 from lorafleet.models.load import Base
 

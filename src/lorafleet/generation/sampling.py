@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -85,12 +85,12 @@ def processors(config: GenerationConfig, starts: Sequence[int], keys: Sequence[i
     return steps
 
 
-def sampling_keys(seed: int, prompts: Sequence[Sequence[int]], slots: Sequence[int]) -> list[int]:
-    """A seed for each row that follows from ``seed`` and its prompt; each copy of a prompt in a slot has its own."""
-    copies: Counter[tuple[int, tuple[int, ...]]] = Counter()
+def sampling_keys(seed: int, prompts: Sequence[Sequence[int]], owners: Sequence[Hashable]) -> list[int]:
+    """A seed for each row that follows from ``seed`` and its prompt; each copy of a prompt of one owner has its own."""
+    copies: Counter[tuple[Hashable, tuple[int, ...]]] = Counter()
     keys = []
-    for slot, prompt in zip(slots, map(tuple, prompts), strict=True):
-        digest = hashlib.blake2b(f"{seed}:{copies[slot, prompt]}:{prompt}".encode(), digest_size=8).digest()
+    for owner, prompt in zip(owners, map(tuple, prompts), strict=True):
+        digest = hashlib.blake2b(f"{seed}:{copies[owner, prompt]}:{prompt}".encode(), digest_size=8).digest()
         keys.append(int.from_bytes(digest, "big") >> 1)
-        copies[slot, prompt] += 1
+        copies[owner, prompt] += 1
     return keys

@@ -1,8 +1,7 @@
 """Text of an answer while it is being decoded."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Sequence
 
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 
@@ -14,26 +13,21 @@ def answer_text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
 
 
 class TextPieces:
-    """A streamer for ``model.generate``: passes on each piece of text that later tokens cannot change.
+    """Passes on each piece of an answer's text that later tokens cannot change.
 
     The pieces together are what :func:`answer_text` gives for the whole answer.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, send: Callable[[str], None], stops: Collection[int]) -> None:
-        self.tokenizer, self.send, self.stops = tokenizer, send, stops
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, send: Callable[[str], None]) -> None:
+        self.tokenizer, self.send = tokenizer, send
         self.ids: list[int] = []
         self.sent = 0
-        self.prompt_seen = False
 
-    def put(self, value: Tensor) -> None:
-        """Take the prompt ``(1, time)`` first, then one token ``(1,)`` a step."""
-        if not self.prompt_seen:
-            self.prompt_seen = True
-            return
-        self.ids += [token for token in value.tolist() if token not in self.stops]
-        text = answer_text(self.tokenizer, self.ids)
+    def add(self, ids: Sequence[int]) -> None:
+        """Take the next tokens."""
+        self.ids += ids
         # A character whose bytes are not all there yet decodes to the replacement sign.
-        self._send(text.rstrip("\ufffd"))
+        self._send(answer_text(self.tokenizer, self.ids).rstrip("\ufffd"))
 
     def end(self) -> None:
         """Send what was held back."""

@@ -293,6 +293,28 @@ class LoraBank:
             value = tensors[name].to(device=view.device, dtype=view.dtype)
             view.copy_(value if base is None else value - base.to(view.dtype))
 
+    def load(self, slot: int, config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:
+        """Put an adapter that was read from a file into a free slot.
+
+        Raises:
+            AdapterError: The slot is taken, or the tensors do not fit; the slot stays free then.
+            ConfigError: The targets do not fit the model.
+        """
+        self.add(config, slot=slot)
+        try:
+            self.load_state_dict(slot, tensors)
+        except AdapterError:
+            self.remove(slot)
+            raise
+
+    def rescale(self, slot: int, factor: float) -> None:
+        """Multiply what the slot's A and B add by ``factor``; 1 is as trained."""
+        config = self._filled(slot)
+        for path in self._targets[slot]:
+            layer = self.layers[path]
+            alpha = pattern_value(config.alpha_pattern, path, config.lora_alpha)
+            layer.rescale(slot, factor * config.scaling(layer.trained_ranks[slot], alpha))
+
     def virtual_cache(self, rows: int) -> None:
         """None: nothing stands before rows."""
 
@@ -348,22 +370,27 @@ class LoraBank:
         """Turn the dropout of the adapters off."""
         self.train(False)
 
-    def speed_up(self, run: Callable[[], object]) -> None:
+    def speed_up(self, run: Callable[[], object], *, training: bool = True) -> None:
         """Prepare for many steps: layers that read the same tensor compute together, frozen weights are packed.
 
-        Packing is for CPUs and costs two more copies of the weights; originals that are mapped from a file leave
-        memory until they are read again. Results change by rounding, so the bitwise promises hold before this call
-        only.
+        Packing is for CPUs and costs two more copies of the weights, one without training; originals that are mapped
+        from a file leave memory until they are read again. Results change by rounding, so the bitwise promises hold
+        before this call only.
 
         Args:
             run: Runs the model once on a few tokens, to see which layers read the same tensor.
+            training: Whether gradients will be asked for.
         """
         with torch.no_grad(), self.disabled():
-            share_inputs([layer for layer in self.layers.values() if not layer.embeds], run)
+            groups = share_inputs([layer for layer in self.layers.values() if not layer.embeds], run)
+        for group in [] if training else groups:
+            group.pack()
+        joint = {id(layer) for group in groups if group.joint is not None for layer in group.layers}
         files = mapped_files()
         for layer in self.layers.values():
-            layer.pack()
-            if layer.packed is not None:
+            if id(layer) not in joint:
+                layer.pack(training=training)
+            if layer.packed is not None or id(layer) in joint:
                 page_out(layer.weight, files)
 
     def checkpoint_contexts(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:

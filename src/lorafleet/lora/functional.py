@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lorafleet.lora.segments import LinearTensors, LoraSegment, RowGroups, dropout_mask, joined_mask, row_groups
+from lorafleet.lora.segments import LinearTensors, RowGroups, dropout_mask, joined_mask, row_groups
 
 
 def lora_linear_reference(x: Tensor, layer: LinearTensors) -> Tensor:
@@ -35,6 +35,14 @@ def lora_linear_reference(x: Tensor, layer: LinearTensors) -> Tensor:
     return torch.cat([*parts, y[end:]])
 
 
+def base_products(x: Tensor, layers: Sequence[LinearTensors]) -> tuple[Tensor, ...]:
+    """Each layer's ``x·Wᵀ + b``."""
+    return tuple(
+        layer.packed.linear(x, layer.bias) if layer.packed else F.linear(x, layer.weight, layer.bias)
+        for layer in layers
+    )
+
+
 class _LoraLinears(torch.autograd.Function):
     """The products of layers that read the same input: its rows are read once for all of their A."""
 
@@ -46,10 +54,7 @@ class _LoraLinears(torch.autograd.Function):
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         layers = _together(tensors, rest)
-        outputs = tuple(
-            layer.packed.linear(x, layer.bias) if layer.packed else F.linear(x, layer.weight, layer.bias)
-            for layer in layers
-        )
+        outputs = base_products(x, layers)
         kept: list[Tensor] = []
         if layers[0].segments:
             joint = ctx.joint = _join(layers, x)
@@ -58,7 +63,7 @@ class _LoraLinears(torch.autograd.Function):
             joint.groups.scale(h, joint.scales)
             for layer, y, part, rank in zip(layers, outputs, h.split(joint.ranks, dim=1), joint.ranks, strict=True):
                 joint.groups.add_product(y, part, joint.transposed_B(layer, rank, x))
-                _add_bias(y, layer)
+                add_bias(y, layer)
             kept = [h]
         ctx.rest = rest
         ctx.save_for_backward(x, *tensors, *kept)
@@ -88,7 +93,8 @@ def _together(tensors: Sequence[Any], rest: Sequence[tuple[Any, ...]]) -> list[L
     return [LinearTensors(*tensors[5 * i : 5 * i + 5], *one) for i, one in enumerate(rest)]
 
 
-def _add_bias(y: Tensor, layer: LinearTensors) -> None:
+def add_bias(y: Tensor, layer: LinearTensors) -> None:
+    """Add to each segment's rows what its slot has changed of the bias."""
     if layer.lora_bias is not None:
         for s in layer.segments:
             if s.trains_bias:
@@ -207,21 +213,6 @@ def _bias_gradient(layer: LinearTensors, grad: Tensor) -> Tensor | None:
     return total
 
 
-def _is_one_slot(segments: Sequence[LoraSegment], tokens: int) -> bool:
-    return len(segments) == 1 and segments[0].stop - segments[0].start == tokens and not segments[0].dropout
-
-
-def _one_slot(x: Tensor, layer: LinearTensors) -> Tensor:
-    """One layer where all rows are one slot's and nothing learns: as few calls as can be, for decoding makes many."""
-    (segment,) = layer.segments
-    slot, rank = segment.slot, segment.rank
-    y = layer.packed.linear(x, layer.bias) if layer.packed else F.linear(x, layer.weight, layer.bias)
-    low_A, low_B = layer.lora_A[slot, :rank].to(x.dtype), layer.lora_B[slot, :rank].to(x.dtype)
-    y.addmm_(x @ low_A.T, low_B, alpha=segment.scaling)
-    _add_bias(y, layer)
-    return y
-
-
 def lora_linears(x: Tensor, layers: Sequence[LinearTensors]) -> tuple[Tensor, ...]:
     """Base products and every segment's LoRA updates of layers that read the same input, with a hand-written backward.
 
@@ -234,8 +225,6 @@ def lora_linears(x: Tensor, layers: Sequence[LinearTensors]) -> tuple[Tensor, ..
         Each layer's ``(tokens, out)``. Only ``x`` and rank-wide tensors are kept for the backward pass.
     """
     assert len(layers) == 1 or not any(s.dropout for layer in layers for s in layer.segments)
-    if not torch.is_grad_enabled() and _is_one_slot(layers[0].segments, len(x)):
-        return tuple(_one_slot(x, layer) for layer in layers)
     rest = [(layer.segments, layer.packed) for layer in layers]
     outputs: tuple[Tensor, ...] = _LoraLinears.apply(x, rest, *(tensor for layer in layers for tensor in layer[:5]))  # type: ignore[no-untyped-call]
     return outputs

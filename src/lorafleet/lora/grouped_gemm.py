@@ -15,7 +15,9 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-_REALS = {torch.float32: ctypes.c_float, torch.float64: ctypes.c_double}
+_Real = type[ctypes.c_float] | type[ctypes.c_double]
+
+_REALS: dict[torch.dtype, _Real] = {torch.float32: ctypes.c_float, torch.float64: ctypes.c_double}
 _NAMES = {torch.float32: "sgemm_batch_64", torch.float64: "dgemm_batch_64"}
 _LIBRARY = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
 
@@ -61,7 +63,7 @@ def grouped_gemm(
     # Fortran's matrices are the transposed ones of C: Cᵀ = Bᵀ·Aᵀ.
     (b_letter, b_leading), (a_letter, a_leading) = _layout(b.view), _layout(a.view)
     m, n, k = (number(*size) for size in sizes)
-    function = _function(a.view.dtype)
+    function = gemm_function(a.view.dtype)
     assert function is not None
     function(
         b_letter * groups,
@@ -99,8 +101,13 @@ def _layout(matrix: Tensor) -> tuple[bytes, int]:
     return (b"N", down) if across == 1 and down >= matrix.shape[-1] else (b"T", across)
 
 
+def real_type(dtype: torch.dtype) -> _Real:
+    """The type of C for oneMKL's factors."""
+    return _REALS[dtype]
+
+
 @cache
-def _function(dtype: torch.dtype) -> Callable[..., None] | None:
+def gemm_function(dtype: torch.dtype) -> Callable[..., None] | None:
     """OneMKL's function for this type; none where PyTorch has been built without it."""
     try:
         function: Callable[..., None] = getattr(ctypes.CDLL(str(_LIBRARY)), _NAMES[dtype])
@@ -112,7 +119,7 @@ def _function(dtype: torch.dtype) -> Callable[..., None] | None:
 @cache
 def _works(dtype: torch.dtype) -> bool:
     """Whether the function is there and its answer is the product; found out once."""
-    if _function(dtype) is None:
+    if gemm_function(dtype) is None:
         return False
     a, b, c = (torch.arange(24, dtype=dtype).view(shape) for shape in ((8, 3), (2, 3, 4), (6, 4)))
     wanted = torch.cat([2 * a[:2] @ b[0], 2 * a[3:7] @ b[1]]) + c

@@ -1,7 +1,7 @@
 """The LoRA layer: one frozen linear map, or a table of embeddings, and the A and B of every slot."""
 
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from lorafleet.errors import AdapterError, ModelError
 from lorafleet.lora.dora import rescale, row_norms
 from lorafleet.lora.embedding import add_lookups
-from lorafleet.lora.functional import lora_linears
+from lorafleet.lora.joint import Plan, active_segments, outputs
 from lorafleet.lora.packed import PackedWeight, pack
 from lorafleet.lora.routing import Router, Segment
 from lorafleet.lora.segments import LinearTensors, LoraSegment
@@ -86,6 +86,7 @@ class LoraLinear(nn.Module):
         self.packed: PackedWeight | None = None
         self.shared_input: Callable[[LoraLinear, Tensor], Tensor] | None = None
         self.unmerged: tuple[Tensor, Tensor | None] | None = None
+        self.plan: Plan | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -114,6 +115,7 @@ class LoraLinear(nn.Module):
         if (slots, rank) == (old_slots, old_r):
             return
         self._norms.clear()
+        self.router.version += 1
         new_A = self.lora_A.new_zeros((slots, rank, self.in_features))
         new_B = self.lora_B.new_zeros((slots, rank, self.out_features))
         new_A[:old_slots, :old_r], new_B[:old_slots, :old_r] = self.lora_A.data, self.lora_B.data
@@ -136,6 +138,7 @@ class LoraLinear(nn.Module):
 
     def fill(self, slot: int, rank: int, scaling: float, dropout: float) -> tuple[Tensor, Tensor]:
         """Give a slot its rank, scale and dropout; return its A ``(r, in)`` and Bᵀ ``(r, out)``, to be started."""
+        self.router.version += 1
         self.ranks[slot] = self.trained_ranks[slot] = rank
         self.scalings[slot], self.dropouts[slot] = scaling, 0.0 if self.embeds else dropout
         return self.lora_A.detach()[slot, :rank], self.lora_B.detach()[slot, :rank]
@@ -143,6 +146,7 @@ class LoraLinear(nn.Module):
     def take_off_start(self, slot: int) -> None:
         """Take the slot's ``B₀·A₀`` of now off its product, as rows behind the trained ones that nothing changes."""
         rank = self.trained_ranks[slot]
+        self.router.version += 1
         self.ranks[slot] = 2 * rank
         lora_A, lora_B = self.lora_A.detach()[slot], self.lora_B.detach()[slot]
         lora_A[rank : 2 * rank], lora_B[rank : 2 * rank] = lora_A[:rank], -lora_B[:rank]
@@ -151,6 +155,7 @@ class LoraLinear(nn.Module):
         """Let a slot change the bias, if there is one: a row of a parameter ``(K, out)``, zero at the start."""
         if self.bias is None:
             return
+        self.router.version += 1
         if self.lora_bias is None:
             self.lora_bias = nn.Parameter(self.lora_B.new_zeros((len(self.ranks), self.out_features)))
         self.trains_bias[slot] = True
@@ -159,6 +164,7 @@ class LoraLinear(nn.Module):
         """Give a slot the lengths of its weight's rows as they are: a row of a parameter ``(K, out)``."""
         if self.lora_magnitude is None:
             self.lora_magnitude = nn.Parameter(self.lora_B.new_zeros((len(self.ranks), self.out_features)))
+        self.router.version += 1
         self.learns_magnitude[slot] = True
         self.lora_magnitude.detach()[slot] = self.norms(slot)
 
@@ -192,6 +198,7 @@ class LoraLinear(nn.Module):
 
     def clear(self, slot: int) -> None:
         """Empty a slot: rank 0 and nothing but zeros."""
+        self.router.version += 1
         self.ranks[slot], self.scalings[slot], self.dropouts[slot], self.trains_bias[slot] = 0, 0.0, 0.0, False
         self.trained_ranks[slot], self.learns_magnitude[slot] = 0, False
         self._norms.pop(slot, None)
@@ -229,9 +236,15 @@ class LoraLinear(nn.Module):
             return self.bias
         return self.bias + self.lora_bias[slot]
 
-    def pack(self) -> None:
+    def pack(self, *, training: bool) -> None:
         """Lay the frozen weight out for faster products, where that is possible; results change by rounding only."""
-        self.packed = None if self.embeds else pack(self.oriented_weight)
+        self.packed = None if self.embeds else pack(self.oriented_weight, training=training)
+        self.router.version += 1
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        """Note that the layer was moved or converted."""
+        self.router.version += 1
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
     def merge(self, slot: int) -> None:
         """Fold a slot into the base layer; the original parameters are kept.
@@ -276,10 +289,10 @@ class LoraLinear(nn.Module):
 
     def _looked_up(self, ids: Tensor) -> Tensor:
         y: Tensor = self.base_layer(ids)
-        segments = _segments([self], ids.numel())
+        segments = active_segments([self], ids.numel())
         if not segments:
             return y
-        part = self.tensors(segments, None)
+        part = self.tensors([self.segment(s) for s in segments], None)
         # Gemma 3 and others scale what they look up, in their embedding's forward.
         table = cast(nn.Embedding, self.base_layer)
         factor = getattr(table, "embed_scale", 1.0)
@@ -290,15 +303,21 @@ class LoraLinear(nn.Module):
         """Whether the slot's adapter changes this layer's output."""
         return self.ranks[slot] > 0 or self.trains_bias[slot]
 
-    def tensors(self, segments: Sequence[Segment], lower: torch.dtype | None) -> LinearTensors:
+    def rescale(self, slot: int, scaling: float) -> None:
+        """Give the slot another scale."""
+        self.router.version += 1
+        self.scalings[slot] = scaling
+        self._norms.pop(slot, None)
+
+    def tensors(self, own: Sequence[LoraSegment], lower: torch.dtype | None) -> LinearTensors:
         """What a product of this layer takes, the base's part in ``lower`` precision under autocast."""
         weight, bias, packed = self.oriented_weight, self.bias, self._usable_packed()
         if lower is not None:
             weight, bias, packed = weight.to(lower), None if bias is None else bias.to(lower), None
-        own = [self._segment(s) for s in segments]
         return LinearTensors(weight, bias, self.lora_A, self.lora_B, self.lora_bias, own, packed)
 
-    def _segment(self, segment: Segment) -> LoraSegment:
+    def segment(self, segment: Segment) -> LoraSegment:
+        """What this layer does with a segment."""
         slot, start, stop, key = segment
         p = self.dropouts[slot] if self.training else 0.0
         seed = 0
@@ -311,32 +330,3 @@ class LoraLinear(nn.Module):
     def extra_repr(self) -> str:
         """Show shapes and ranks in a printed model."""
         return f"in={self.in_features}, out={self.out_features}, ranks={self.ranks}"
-
-
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The precision that autocast asks for; none outside it, and on the meta device, which does not know it."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device) else None
-
-
-def _segments(layers: Sequence[LoraLinear], tokens: int) -> list[Segment]:
-    """The segments of a batch whose slots change what one of the layers answers."""
-    router = layers[0].router
-    laid = router.segments(tokens) if router.enabled else ()
-    return [s for s in laid if s.slot >= 0 and any(layer.active(s.slot) for layer in layers)]
-
-
-def outputs(layers: Sequence[LoraLinear], x: Tensor) -> list[Tensor]:
-    """What layers that read the same ``x (..., in)`` answer, each ``(..., out)``."""
-    features = layers[0].in_features
-    tokens = x.numel() // features
-    segments = _segments(layers, tokens)
-    if not segments and any(layer.packed is None for layer in layers):
-        return [layer.base_layer(x) for layer in layers]
-    lower = autocast_dtype(x)
-    flat = x.reshape(tokens, features) if lower is None else x.reshape(tokens, features).to(lower)
-    parts = [layer.tensors(segments, lower) for layer in layers]
-    found = [
-        layer.stretch(y, part.segments) for layer, y, part in zip(layers, lora_linears(flat, parts), parts, strict=True)
-    ]
-    return [y.view(*x.shape[:-1], y.shape[-1]) for y in found]

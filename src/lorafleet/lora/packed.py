@@ -1,9 +1,9 @@
-"""Frozen weights laid out for oneDNN, once, for the forward product and for the input's gradient.
+"""Frozen weights laid out for oneDNN, once, for the forward product and in training for the input's gradient.
 
 On two AVX-512 cores a packed weight made products of 190 to 740 rows 1.1 to 1.3 times faster than ``F.linear``, and the
-output head's of 128 rows twice. It costs two more copies of the weight; in return the original, where it is mapped from
-a file, is let out of memory until somebody reads it. The operators are private to PyTorch, so they are looked for and
-tried; without them nothing is packed.
+output head's of 128 rows twice. It costs another copy of the weight for each direction; in return the original, where
+it is mapped from a file, is let out of memory until somebody reads it. The operators are private to PyTorch, so they
+are looked for and tried; without them nothing is packed.
 """
 
 import ctypes
@@ -14,16 +14,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lorafleet.errors import ModelError
+
 ROWS = 512
 """Rows that the layout is made for; it serves any number."""
 
 
 class PackedWeight:
-    """A frozen ``(out, in)`` matrix in oneDNN's layout, in both directions."""
+    """A frozen ``(out, in)`` matrix in oneDNN's layout; for training in both directions."""
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, *, training: bool = True) -> None:
         self._forward = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), ROWS)
-        self._backward = torch.ops.mkldnn._reorder_linear_weight(weight.detach().T.contiguous(), ROWS)
+        self._backward: Tensor | None = None
+        if training:
+            self._backward = torch.ops.mkldnn._reorder_linear_weight(weight.detach().T.contiguous(), ROWS)
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """``x·Wᵀ + b`` for ``x (rows, in)``."""
@@ -31,6 +35,8 @@ class PackedWeight:
 
     def input_gradient(self, grad: Tensor, onto: Tensor | None = None) -> Tensor:
         """``grad·W`` for ``grad (rows, out)``, added to ``onto`` if that is given."""
+        if self._backward is None:
+            raise ModelError("the weight was packed for answering only; speed up with training=True to train")
         if onto is None:
             return _product(grad, self._backward, None)
         out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(grad, onto, self._backward, None, "add")
@@ -42,12 +48,12 @@ def _product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
-def pack(weight: Tensor) -> PackedWeight | None:
+def pack(weight: Tensor, *, training: bool = True) -> PackedWeight | None:
     """Pack a frozen float32 matrix on a CPU; none where PyTorch cannot, or where its answer is not the product."""
     frozen = weight.device.type == "cpu" and weight.dtype == torch.float32 and not weight.requires_grad
     if not frozen or not _works():
         return None
-    return PackedWeight(weight)
+    return PackedWeight(weight, training=training)
 
 
 def mapped_files() -> list[tuple[int, int]]:

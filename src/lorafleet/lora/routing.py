@@ -76,6 +76,7 @@ class Router:
         self.routing: Routing | None = None
         self.enabled = True
         self.merged_slot: int | None = None
+        self.version = 0  # counts changes of the layers and their slots, but for the numbers in A and B
         self._laid: tuple[Routing | None, int, tuple[Segment, ...]] | None = None
 
     def segments(self, tokens: int) -> tuple[Segment, ...]:

@@ -11,7 +11,8 @@ from weakref import ReferenceType, ref
 import torch
 from torch import Tensor
 
-from lorafleet.lora.layer import LoraLinear, autocast_dtype, outputs
+from lorafleet.lora.joint import JointWeight, join_weights, outputs
+from lorafleet.lora.layer import LoraLinear
 
 
 class SharedInput:
@@ -24,23 +25,31 @@ class SharedInput:
         self.layers = list(layers)
         self._input: ReferenceType[Tensor] | None = None
         self._state: tuple[object, ...] = ()
+        self._changes = 0
         self._waiting: dict[int, Tensor] = {}
+        self.joint: JointWeight | None = None
+
+    def pack(self) -> None:
+        """Lay the layers' weights out as one, for answering without gradients."""
+        self.joint = join_weights(self.layers)
 
     def __call__(self, layer: LoraLinear, x: Tensor) -> Tensor:
         """``layer``'s output for ``x (..., in)``; those with dropout have masks of their own and compute alone."""
+        router, lower = layer.router, torch.is_autocast_enabled(x.device.type) if x.device.type != "meta" else False
+        state = (router.routing, router.enabled, torch.is_grad_enabled(), layer.training, lower)
+        if self._input is not None and self._input() is x and self._state == state and not x.is_inference():
+            waiting = self._waiting.pop(id(layer), None)
+            if waiting is not None and self._changes == x._version:
+                return waiting
         # Tensors of inference mode do not say when they were changed.
         if x.is_inference() or any(one.training and any(one.dropouts) for one in self.layers):
             return outputs([layer], x)[0]
-        router = layer.router
-        state = (x._version, router.routing, router.enabled, torch.is_grad_enabled(), autocast_dtype(x))
-        known = self._input is not None and self._input() is x and self._state == state
-        if not known or id(layer) not in self._waiting:
-            self._waiting = dict(zip(map(id, self.layers), outputs(self.layers, x), strict=True))
-            self._input, self._state = ref(x), state
+        self._waiting = dict(zip(map(id, self.layers), outputs(self.layers, x, self.joint), strict=True))
+        self._input, self._state, self._changes = ref(x), state, x._version
         return self._waiting.pop(id(layer))
 
 
-def share_inputs(layers: Sequence[LoraLinear], run: Callable[[], object]) -> None:
+def share_inputs(layers: Sequence[LoraLinear], run: Callable[[], object]) -> list[SharedInput]:
     """Find the layers that read the same tensor by running the model once, and let them compute together."""
     calls: list[tuple[LoraLinear, Tensor]] = []
     hooks = [
@@ -51,10 +60,12 @@ def share_inputs(layers: Sequence[LoraLinear], run: Callable[[], object]) -> Non
     finally:
         for hook in hooks:
             hook.remove()
+    found = []
     for _, group in groupby(calls, key=lambda call: id(call[1])):
         together = [layer for layer, _ in group]
         once = all(sum(layer is called for called, _ in calls) == 1 for layer in together)
         if len(together) > 1 and once:
-            shared = SharedInput(together)
+            found.append(SharedInput(together))
             for layer in together:
-                layer.shared_input = shared
+                layer.shared_input = found[-1]
+    return found

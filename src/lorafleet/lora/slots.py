@@ -76,7 +76,7 @@ class Slots(Protocol):
     def drops(self, slot: int) -> bool:
         """Whether the slot drops anything now."""
 
-    def speed_up(self, run: Callable[[], object]) -> None:
+    def speed_up(self, run: Callable[[], object], *, training: bool = True) -> None:
         """Prepare for many steps; ``run`` runs the model once on a few tokens."""
 
 

@@ -99,5 +99,5 @@ class BiasSlots:
         """Never."""
         return False
 
-    def speed_up(self, run: Callable[[], object]) -> None:
+    def speed_up(self, run: Callable[[], object], *, training: bool = True) -> None:
         """Nothing yet: the base's layers are its own."""

@@ -141,7 +141,7 @@ class BottleneckAdapter:
         """Never."""
         return False
 
-    def speed_up(self, run: Callable[[], object]) -> None:
+    def speed_up(self, run: Callable[[], object], *, training: bool = True) -> None:
         """Nothing yet: the base's layers are its own."""
 
 

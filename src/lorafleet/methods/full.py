@@ -96,7 +96,7 @@ class FullModel:
         """Whether the model drops anything now."""
         return self._drops and self.model.training
 
-    def speed_up(self, run: Callable[[], object]) -> None:
+    def speed_up(self, run: Callable[[], object], *, training: bool = True) -> None:
         """Nothing: weights that change cannot be packed."""
 
 

@@ -134,7 +134,7 @@ class PeftMethod:
             dropouts += [module for module in self.peft.prompt_encoder.modules() if isinstance(module, nn.Dropout)]
         return slot == 0 and any(dropout.training and dropout.p > 0 for dropout in dropouts)
 
-    def speed_up(self, run: Callable[[], object]) -> None:
+    def speed_up(self, run: Callable[[], object], *, training: bool = True) -> None:
         """Nothing: the layers are PEFT's."""
 
 

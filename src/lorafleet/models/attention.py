@@ -22,6 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from lorafleet.lora.grouped_gemm import has_grouped_gemm
+from lorafleet.models.cached_attention import CachedLayout, KeyValueCache
 from lorafleet.models.shared_prompts import SharedPrompts, share_prompts
 from lorafleet.models.short_attention import LONGEST, short_attention
 
@@ -72,7 +73,7 @@ def flat_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     is_causal: bool | None = None,
-    flat_layout: FlatLayout | None = None,
+    flat_layout: FlatLayout | CachedLayout | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each sequence of a flat batch; without a layout, transformers' own SDPA.
@@ -87,7 +88,7 @@ def flat_attention(
         dropout: Of the scores.
         sliding_window: Tokens that a position sees, itself included.
         is_causal: The module's own setting when not given.
-        flat_layout: Lengths of the sequences.
+        flat_layout: Lengths of the sequences, and where what they go on from is kept.
         kwargs: Whatever else the model hands on.
 
     Returns:
@@ -105,6 +106,8 @@ def flat_attention(
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     if foreign or not causal:
         raise UnsupportedAttention(f"needs {', '.join(foreign) or 'non-causal attention'}")
+    if isinstance(flat_layout, CachedLayout):
+        return flat_layout.attend(module.layer_idx, query, key, value, scaling, sliding_window), None  # type: ignore[arg-type]
     shared = flat_layout.shared
     if shared is None:
         return _attend(query, key, value, scaling, sliding_window, flat_layout, dropout), None
@@ -194,7 +197,7 @@ AttentionInterface.register(FLAT, flat_attention)
 AttentionMaskInterface.register(FLAT, sdpa_mask)
 
 
-def flat_inputs(input_ids: Tensor, position_ids: Tensor, layout: FlatLayout) -> dict[str, Any]:
+def flat_inputs(input_ids: Tensor, position_ids: Tensor, layout: FlatLayout | CachedLayout) -> dict[str, Any]:
     """Arguments of a model's forward for the computed tokens ``(1, tokens)`` of a flat batch.
 
     An empty 4-D mask is handed through untouched by transformers' mask code, which would build a T² mask otherwise.
@@ -239,6 +242,36 @@ def use_flat_attention(model: PreTrainedModel) -> bool:
     model.set_attn_implementation(before)
     logger.info("flat batches do not work on %s (%s); using padded batches", type(model).__name__, reason)
     return False
+
+
+def use_cached_attention(model: PreTrainedModel) -> bool:
+    """Switch a model to flat attention if it goes on from kept keys and values as well, with the same logits.
+
+    A sequence is read in two pieces and then by one token, beside another that comes in later.
+
+    Returns:
+        Whether :class:`CachedLayout` works on this model.
+    """
+    if not use_flat_attention(model):
+        return False
+    device = next(model.parameters()).device
+    ids = torch.arange(8, device=device) % model.config.get_text_config().vocab_size
+    cache = KeyValueCache(2, 8)
+    with torch.no_grad():
+        wanted = model(input_ids=ids[None], use_cache=False).logits[0, [6, 7, 2]]
+        try:
+            for rows, starts, lengths in ([[1], [0], [4]], [[1], [4], [2]], [[1, 0], [6, 0], [1, 3]], [[1], [7], [1]]):
+                layout = CachedLayout(cache, rows, starts, lengths)
+                positions = torch.tensor([layout.positions], device=device)
+                logits = model(**flat_inputs(ids[positions[0]][None], positions, layout.to(device))).logits[0]
+                if len(rows) == 2:
+                    found = logits[[0, 3]]
+            reason = _difference(torch.cat([found[:1], logits[-1:], found[1:]]), wanted)
+        except (UnsupportedAttention, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+            reason = f"{type(error).__name__}: {error}"
+    if reason is not None:
+        logger.info("flat decoding does not work on %s (%s); using padded batches", type(model).__name__, reason)
+    return reason is None
 
 
 def _difference(together: Tensor, alone: Tensor) -> str | None:

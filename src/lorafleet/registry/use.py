@@ -9,6 +9,11 @@ from lorafleet.registry.names import parse_reference
 from lorafleet.registry.registry import Registry
 
 
+def names_folder(text: str) -> bool:
+    """Whether an adapter is meant by its folder: one that is there, or whatever looks like a path."""
+    return Path(text).is_dir() or text.startswith((".", "~")) or "/" in text or "\\" in text
+
+
 def located(config: AdapterConfig, registry: RegistryConfig) -> AdapterConfig:
     """The same with a folder in place of a name of the registry.
 
@@ -19,7 +24,7 @@ def located(config: AdapterConfig, registry: RegistryConfig) -> AdapterConfig:
         RegistryError: The registry lacks it, or it is damaged there.
     """
     text = config.adapter
-    if text is None or Path(text).is_dir() or text.startswith((".", "~")) or "/" in text or "\\" in text:
+    if text is None or names_folder(text):
         return config
     try:
         parse_reference(text)

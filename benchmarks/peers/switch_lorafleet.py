@@ -1,0 +1,111 @@
+"""The adapter pool on the job of ``benchmarks.switch``: mixed decoding, switches, loading, many adapters."""
+
+import random
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import psutil
+import torch
+from safetensors.torch import load_file
+
+from benchmarks.job import serve_plain
+from lorafleet.config import ModelConfig
+from lorafleet.files.adapter import WEIGHTS
+from lorafleet.generation.request import Request
+from lorafleet.models.load import load_base
+from lorafleet.serving.pool import AdapterPool
+
+PAIRS = 15
+
+
+def run(job: dict[str, Any]) -> dict[str, Any]:
+    """Everything that the job asks of this way."""
+    torch.set_num_threads(job["threads"])
+    base = load_base(ModelConfig(model_name_or_path=job["model"], device="cpu", dtype="float32"))
+    size = {"max_adapters": job["resident"], "max_requests": max(batch for _, batch in job["cases"])}
+    pool = AdapterPool(base, registry=job["registry"], check_base=False, **size)
+    found = {"decode": [_decode(pool, job, adapters, batch) for adapters, batch in job["cases"]]}
+    return found | {"load": _load(pool, job), "switch": _switch(pool, job), "many": _many(pool, job)}
+
+
+def _decode(pool: AdapterPool, job: dict[str, Any], adapters: int, batch: int) -> dict[str, Any]:
+    """Tokens a second after the first of each row, and what they are."""
+    names = [job["adapters"][i % adapters] if adapters else "base" for i in range(batch)]
+    prompts = job["prompts"][:batch]
+    _answer(pool, prompts, names, 2)  # whatever is made ready at the first call
+    first, _ = _answer(pool, prompts, names, 1)
+    whole, tokens = _answer(pool, prompts, names, job["new_tokens"])
+    return {"rate": batch * (job["new_tokens"] - 1) / (whole - first), "tokens": tokens}
+
+
+def _answer(pool: AdapterPool, prompts: list[list[int]], names: list[str], count: int) -> tuple[float, list[list[int]]]:
+    """Seconds and tokens of answers of ``count`` tokens, whatever the model would have ended with."""
+    tickets = [pool.submit("x", name, max_new_tokens=count) for name in names]
+    for number, (ticket, prompt) in enumerate(zip(tickets, prompts, strict=True)):
+        request = ticket.request
+        # Ids in place of text, no end, and nothing of an earlier answer to go on from.
+        owner = (number, time.perf_counter())
+        ticket.request = Request(prompt, request.slot, request.config, 0, frozenset(), owner=owner)
+    start = time.perf_counter()
+    while not all(ticket.done for ticket in tickets):
+        pool.step()
+    return time.perf_counter() - start, [ticket.request.answer for ticket in tickets]
+
+
+def _load(pool: AdapterPool, job: dict[str, Any]) -> dict[str, float]:
+    """An adapter from disk into its slot against a plain read of its tensors, in turn; both from the page cache."""
+    whole, raw = [], []
+    for number in range(PAIRS):
+        name = job["adapters"][number % len(job["adapters"])]
+        found = pool.source.find(name)
+        for resident in pool.residents:
+            pool.evict(resident.label)
+        start = time.perf_counter()
+        pool.activate(name)
+        middle = time.perf_counter()
+        load_file(Path(found.folder) / WEIGHTS)
+        whole.append(middle - start)
+        raw.append(time.perf_counter() - middle)
+    pool.disable()
+    return {"seconds": median(whole), "raw_seconds": median(raw)}
+
+
+def _switch(pool: AdapterPool, job: dict[str, Any]) -> dict[str, float]:
+    """The first token by the adapter of the request before, and by another, in turn; both are resident."""
+    first, second = job["adapters"][:2]
+    prompt = job["prompts"][:1]
+    for name in (first, second):
+        _answer(pool, prompt, [name], 1)
+    stay, switch = [], []
+    for number in range(2 * PAIRS):
+        now, other = (first, second) if number % 2 else (second, first)
+        _answer(pool, prompt, [now], 1)
+        stay.append(_answer(pool, prompt, [now], 1)[0])
+        switch.append(_answer(pool, prompt, [other], 1)[0])
+    return {"stay_seconds": median(stay), "switch_seconds": median(switch)}
+
+
+def _many(pool: AdapterPool, job: dict[str, Any]) -> dict[str, Any]:
+    """First tokens of requests over all names of the registry, some resident, some not."""
+    picks, process = random.Random(0), psutil.Process()
+    before, there, absent = process.memory_info().rss, [], []
+    for _ in range(job["requests"]):
+        name = f"many-{int(picks.paretovariate(0.5)) % job['registered']}"
+        known = any(resident.label == f"{name}:1" for resident in pool.residents)
+        seconds, _ = _answer(pool, job["prompts"][:1], [name], 1)
+        (there if known else absent).append(seconds)
+    return {
+        "resident": len(pool.residents),
+        "resident_bytes": sum(resident.bytes for resident in pool.residents),
+        "added_bytes": process.memory_info().rss - before,
+        "hits": len(there),
+        "misses": len(absent),
+        "hit_seconds": median(there) if there else None,
+        "miss_seconds": median(absent) if absent else None,
+    }
+
+
+if __name__ == "__main__":
+    serve_plain(run)

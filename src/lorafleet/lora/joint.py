@@ -1,0 +1,148 @@
+"""What layers that read the same input answer: prepared once for a routing, then computed together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lorafleet.lora.functional import add_bias, base_products, lora_linears
+from lorafleet.lora.mixed_rows import MixedRows, takes_mixed_rows
+from lorafleet.lora.packed import PackedWeight, pack
+from lorafleet.lora.routing import Segment
+
+if TYPE_CHECKING:
+    from lorafleet.lora.layer import LoraLinear
+
+
+class JointWeight(NamedTuple):
+    """The frozen weights of layers that read the same input as one, for answering.
+
+    Args:
+        packed: The weights one below another, ``(out_1 + … + out_n, in)``.
+        bias: Their biases one after another, or none.
+        widths: ``out_1, …, out_n``.
+    """
+
+    packed: PackedWeight
+    bias: Tensor | None
+    widths: list[int]
+
+    def products(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Each layer's ``x·Wᵀ + b``, columns of one tensor."""
+        found: tuple[Tensor, ...] = self.packed.linear(x, self.bias).split(self.widths, dim=1)
+        return found
+
+
+def join_weights(layers: Sequence[LoraLinear]) -> JointWeight | None:
+    """Pack the weights of layers that read the same input as one; none where that cannot be done."""
+    biases = [layer.bias for layer in layers]
+    given = [bias for bias in biases if bias is not None]
+    if len(given) not in (0, len(biases)):
+        return None
+    weight = torch.cat([layer.oriented_weight.detach() for layer in layers])
+    packed = pack(weight, training=False)
+    if packed is None:
+        return None
+    return JointWeight(packed, torch.cat(given) if given else None, [layer.out_features for layer in layers])
+
+
+class Plan:
+    """What layers that read the same input do with a batch, kept as long as its routing and the adapters stay.
+
+    Args:
+        layers: The layers.
+        tokens: Of the batch.
+        lower: The precision that autocast asks for.
+        laid: The router's segments, by which the batch is known again.
+        state: What else it depends on.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LoraLinear],
+        tokens: int,
+        lower: torch.dtype | None,
+        laid: object,
+        state: tuple[object, ...],
+    ) -> None:
+        self.laid, self.state = laid, state
+        self.segments = active_segments(layers, tokens)
+        self.parts = [layer.tensors([layer.segment(s) for s in self.segments], lower) for layer in layers]
+        self.drops = any(s.dropout for part in self.parts for s in part.segments)
+        self.packed = all(layer.packed is not None for layer in layers)
+        self.magnitudes = any(layer.learns_magnitude[s.slot] for layer in layers for s in self.segments)
+        self.mixed: MixedRows | None = None
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """None: it names places in memory, so a copy of the layers makes its own."""
+        return type(None), ()
+
+    def answers(self, x: Tensor, joint: JointWeight | None) -> tuple[Tensor, ...]:
+        """What the layers answer where nothing learns, in as few calls as can be: decoding makes many.
+
+        Args:
+            x: ``(tokens, in)``.
+            joint: The layers' weights as one.
+        """
+        one = len(self.segments) == 1 and self.segments[0].stop - self.segments[0].start == len(x)
+        if self.segments and not one and not takes_mixed_rows(x, self.parts):
+            return lora_linears(x, self.parts)
+        found = base_products(x, self.parts) if joint is None else joint.products(x)
+        if one:
+            for y, layer in zip(found, self.parts, strict=True):
+                slot, rank, scaling = layer.segments[0].slot, layer.segments[0].rank, layer.segments[0].scaling
+                low_A, low_B = layer.lora_A[slot, :rank].to(x.dtype), layer.lora_B[slot, :rank].to(x.dtype)
+                y.addmm_(x @ low_A.T, low_B, alpha=scaling)
+        elif self.segments:
+            if self.mixed is None:
+                self.mixed = MixedRows(self.parts, [y.stride(0) for y in found])
+            self.mixed.add(x, found)
+        for y, layer in zip(found, self.parts, strict=True):
+            add_bias(y, layer)
+        return found
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The precision that autocast asks for; none outside it, and on the meta device, which does not know it."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device) else None
+
+
+def active_segments(layers: Sequence[LoraLinear], tokens: int) -> list[Segment]:
+    """The segments of a batch whose slots change what one of the layers answers."""
+    router = layers[0].router
+    laid = router.segments(tokens) if router.enabled else ()
+    return [s for s in laid if s.slot >= 0 and any(layer.active(s.slot) for layer in layers)]
+
+
+def _plan_for(layers: Sequence[LoraLinear], x: Tensor, tokens: int, lower: torch.dtype | None) -> Plan:
+    first = layers[0]
+    router = first.router
+    laid = router.segments(tokens) if router.enabled else ()
+    state = (router.version, len(layers), first.training, x.dtype, lower)
+    known = first.plan
+    if known is None or known.laid is not laid or known.state != state:
+        known = Plan(layers, tokens, lower, laid, state)
+        # Dropout draws its masks anew in each pass, and a weight in lower precision would be one more copy.
+        first.plan = None if known.drops or lower is not None else known
+    return known
+
+
+def outputs(layers: Sequence[LoraLinear], x: Tensor, joint: JointWeight | None = None) -> list[Tensor]:
+    """What layers that read the same ``x (..., in)`` answer, each ``(..., out)``; ``joint`` is their weights as one."""
+    features = layers[0].in_features
+    tokens, lower = x.numel() // features, autocast_dtype(x)
+    plan = _plan_for(layers, x, tokens, lower)
+    if joint is not None and (torch.is_grad_enabled() or x.dtype != torch.float32 or x.device.type != "cpu"):
+        joint = None
+    if joint is None and not plan.segments and not plan.packed:
+        return [layer.base_layer(x) for layer in layers]
+    flat = x.reshape(tokens, features) if lower is None else x.reshape(tokens, features).to(lower)
+    learns = plan.drops or torch.is_grad_enabled()
+    found = lora_linears(flat, plan.parts) if learns else plan.answers(flat, joint)
+    if plan.magnitudes:
+        found = tuple(layer.stretch(y, part.segments) for layer, y, part in zip(layers, found, plan.parts, strict=True))
+    return [y.view(*x.shape[:-1], y.shape[-1]) for y in found]

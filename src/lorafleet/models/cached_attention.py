@@ -1,0 +1,169 @@
+"""Attention of a flat batch over keys and values that are kept: the rows of a decoding, each at a place of its own.
+
+A batch of decoding has one new token of most rows, and of a row that has just come in all of its prompt. Keys and
+values lie in memory that is there from the start, so a step writes its own and copies nothing else.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+
+class KeyValueCache:
+    """Keys and values of ``rows`` sequences of up to ``capacity`` tokens, for every layer that asks.
+
+    Attributes:
+        layers: By the layer's number, keys and values, each ``(rows, kv_heads, capacity, dim)``.
+    """
+
+    def __init__(self, rows: int, capacity: int) -> None:
+        self.rows, self.capacity = rows, capacity
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def grow(self, capacity: int) -> None:
+        """Make room for longer sequences; what is there is kept."""
+        if capacity <= self.capacity:
+            return
+        for number, both in self.layers.items():
+            self.layers[number] = tuple(self._longer(tensor, capacity) for tensor in both)  # type: ignore[assignment]
+        self.capacity = capacity
+
+    def clear(self, row: int) -> None:
+        """Forget a row; what is not a number in it would reach its next tokens even through a mask."""
+        for both in self.layers.values():
+            for tensor in both:
+                tensor[row] = 0
+
+    def _longer(self, tensor: Tensor, capacity: int) -> Tensor:
+        longer = tensor.new_zeros((*tensor.shape[:2], capacity, tensor.shape[3]))
+        longer[:, :, : self.capacity] = tensor
+        return longer
+
+    def layer(self, number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of one layer, made at its first call, when their shapes are known."""
+        if number not in self.layers:
+            keys, values = (t.new_zeros((self.rows, t.shape[1], self.capacity, t.shape[3])) for t in (key, value))
+            self.layers[number] = keys, values
+        return self.layers[number]
+
+
+class CachedLayout:
+    """A flat batch of which each sequence goes on where its row of the cache ends.
+
+    Args:
+        cache: Keys and values so far; gets those of the batch.
+        rows: The row of each sequence, in the order of the batch; those with one new token come first.
+        starts: How many tokens the row holds already.
+        lengths: How many tokens the batch adds to it.
+    """
+
+    def __init__(
+        self, cache: KeyValueCache, rows: Sequence[int], starts: Sequence[int], lengths: Sequence[int]
+    ) -> None:
+        self.cache, self.rows, self.starts, self.lengths = cache, list(rows), list(starts), list(lengths)
+        self.ones = next((i for i, length in enumerate(lengths) if length != 1), len(self.lengths))
+
+    @property
+    def positions(self) -> list[int]:
+        """The position of each token of the batch in its row."""
+        pairs = zip(self.starts, self.lengths, strict=True)
+        return [position for start, length in pairs for position in range(start, start + length)]
+
+    @cached_property
+    def _where(self) -> tuple[Tensor, Tensor]:
+        """Row and position of each token."""
+        rows = [row for row, length in zip(self.rows, self.lengths, strict=True) for _ in range(length)]
+        return torch.tensor(rows), torch.tensor(self.positions)
+
+    def to(self, device: torch.device) -> "CachedLayout":
+        """The same, its places on a device."""
+        self.__dict__["_where"] = tuple(part.to(device) for part in self._where)
+        return self
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None
+    ) -> Tensor:
+        """Attention of every token over its row up to itself.
+
+        Args:
+            layer: The layer's number.
+            query: ``(1, heads, tokens, dim)``.
+            key: ``(1, kv_heads, tokens, dim)``.
+            value: As ``key``.
+            scaling: Factor of the scores; 1/sqrt(dim) when not given.
+            window: Tokens that a position sees, itself included.
+
+        Returns:
+            ``(1, tokens, heads, dim)``.
+        """
+        keys, values = self.cache.layer(layer, key, value)
+        rows, positions = self._where
+        keys[rows, :, positions], values[rows, :, positions] = key[0].transpose(0, 1), value[0].transpose(0, 1)
+        parts = [self._one_each(query, keys, values, scaling, window)] if self.ones else []
+        if self.ones == len(self.lengths):
+            return parts[0]
+        begin = self.ones
+        for row, start, length in list(zip(self.rows, self.starts, self.lengths, strict=True))[self.ones :]:
+            q = query[:, :, begin : begin + length]
+            k, v = keys[row : row + 1, :, : start + length], values[row : row + 1, :, : start + length]
+            parts.append(_sequence(q, k, v, start, scaling, window))
+            begin += length
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def _one_each(
+        self, query: Tensor, keys: Tensor, values: Tensor, scaling: float | None, window: int | None
+    ) -> Tensor:
+        """The rows with one new token: a query for each head that shares a key head, all of them one after another."""
+        first, stop, longest, order = self._span
+        kv_heads, dim = keys.shape[1], query.shape[3]
+        q = query[0, :, : self.ones].transpose(0, 1)  # (ones, heads, dim)
+        if order is not None:
+            q = q.new_zeros((stop - first, *q.shape[1:])).index_copy_(0, order, q)
+        # Of so few rows, plain products take half the time of the kernels for long ones.
+        q = q.reshape((stop - first) * kv_heads, -1, dim)
+        k, v = (t[first:stop, :, :longest].flatten(0, 1) for t in (keys, values))
+        mask, scale = self._mask(window, q, kv_heads), dim**-0.5 if scaling is None else scaling
+        scores = torch.baddbmm(mask, q, k.mT, beta=1, alpha=scale)
+        out = torch.bmm(scores.softmax(dim=-1), v).reshape(stop - first, -1, v.shape[2])
+        return (out if order is None else out.index_select(0, order))[None]
+
+    @cached_property
+    def _span(self) -> tuple[int, int, int, Tensor | None]:
+        """First and last + 1 of the rows with one new token, their longest, and where each lies if not in order."""
+        rows = self.rows[: self.ones]
+        first, stop = min(rows), max(rows) + 1
+        longest = max(self.starts[: self.ones]) + 1
+        in_order = rows == list(range(first, stop))
+        return first, stop, longest, None if in_order else self._where[0][: self.ones] - first
+
+    def _mask(self, window: int | None, like: Tensor, kv_heads: int) -> Tensor:
+        """0 where a row sees and -inf where not, ``(rows · kv_heads, 1, longest)``."""
+        known: dict[tuple[int | None, int], Tensor] = self.__dict__.setdefault("_masks", {})
+        if (window, kv_heads) not in known:
+            first, stop, longest, _ = self._span
+            last = torch.zeros(stop - first, dtype=torch.long)
+            last[torch.tensor(self.rows[: self.ones]) - first] = torch.tensor(self.starts[: self.ones])
+            distance = last[:, None] - torch.arange(longest)
+            seen = (distance >= 0) & (distance < (window or longest))
+            mask = torch.zeros(seen.shape, dtype=like.dtype).masked_fill_(~seen, -torch.inf)
+            known[window, kv_heads] = mask[:, None].repeat_interleave(kv_heads, dim=0).to(like.device)
+        return known[window, kv_heads]
+
+
+def _sequence(
+    query: Tensor, keys: Tensor, values: Tensor, start: int, scaling: float | None, window: int | None
+) -> Tensor:
+    """Attention of one row's new tokens ``(1, heads, new, dim)`` over all its ``(1, kv_heads, start + new, dim)``."""
+    new, total = query.shape[2], keys.shape[2]
+    mask: Tensor | None = None
+    if start or (window is not None and window < total):
+        distance = torch.arange(start, total, device=query.device)[:, None] - torch.arange(total, device=query.device)
+        mask = (distance >= 0) & (distance < (window or total))
+    gqa = query.shape[1] != keys.shape[1]
+    options: dict[str, Any] = {"attn_mask": mask, "is_causal": mask is None and new > 1, "scale": scaling}
+    out: Tensor = scaled_dot_product_attention(query, keys, values, enable_gqa=gqa, **options)
+    return out.transpose(1, 2)

@@ -1,0 +1,137 @@
+"""Requests that join and leave a decoding equal their solo runs, token by token and in their logits."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+import lorafleet.generation.decoder as module
+from lorafleet.config import GenerationConfig
+from lorafleet.errors import ModelError
+from lorafleet.generation.decoder import Decoder
+from lorafleet.generation.request import Request
+from lorafleet.lora import LoraBank, Routing
+from lorafleet.models.load import Base
+from tests.generation.tiny_bank import tiny_base, trained_bank
+from tests.tiny import ARCHITECTURES
+
+PROMPTS = [[5, 9, 7], [40, 41, 42, 43, 44, 45, 46, 47], [300], [12, 13, 14, 15, 16], [5, 9, 7, 11, 200, 100]]
+SLOTS = [0, -1, 1, 2, 1]
+
+
+class Recorded(Request):
+    """Forces an answer, and keeps the logits that led to each token of it."""
+
+    def __init__(self, prompt: Sequence[int], slot: int, forced: Sequence[int], **rest: object) -> None:
+        super().__init__(prompt, slot, GenerationConfig(max_new_tokens=len(forced)), 0, frozenset(), **rest)  # type: ignore[arg-type]
+        self.forced, self.logits, self.greedy = list(forced), list[Tensor](), False
+
+    def choose(self, scores: Tensor) -> int:
+        self.logits.append(scores.clone())
+        return self.forced[len(self.answer)]
+
+
+def solo(base: Base, bank: LoraBank, request: Recorded) -> Tensor:
+    """The logits of the whole sequence at once."""
+    ids = torch.tensor([request.prompt + request.forced[:-1]])
+    with torch.no_grad(), bank.route(Routing((request.slot,), (ids.shape[1],))):
+        logits: Tensor = base.model(input_ids=ids, use_cache=False).logits[0, len(request.prompt) - 1 :]
+    return logits
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("step_tokens", [1024, 3])
+def test_teacher_forced_logits_equal_the_whole_sequence(
+    arch: str, step_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "STEP_TOKENS", step_tokens)
+    monkeypatch.setattr(module, "_FIRST_CAPACITY", 4)
+    base = tiny_base(arch)
+    bank = trained_bank(base)
+    assert Decoder.fits(base, bank)
+    decoder = Decoder(base, bank, 3)
+    random = torch.Generator().manual_seed(0)
+    answers = torch.randint(3, 300, (5, 7), generator=random).tolist()
+    requests = [Recorded(*one) for one in zip(PROMPTS, SLOTS, answers, strict=True)]
+    for request in requests[:2]:
+        decoder.submit(request)
+    decoder.step()
+    for request in requests[2:]:
+        decoder.submit(request)
+    while decoder.busy:
+        decoder.step()
+    for request in requests:
+        wanted = solo(base, bank, request)
+        assert (torch.stack(request.logits) - wanted).abs().max() < 1e-9 * wanted.abs().max()
+
+
+def test_prepared_weights_change_rounding_only() -> None:
+    base = tiny_base(dtype=torch.float32)
+    bank = trained_bank(base)
+    requests = [Recorded(p, s, [7, 8, 9, 10]) for p, s in zip(PROMPTS, SLOTS, strict=True)]
+    wanted = [solo(base, bank, request) for request in requests]
+    decoder = Decoder(base, bank, 5)
+    decoder.speed_up()
+    for request in requests:
+        decoder.submit(request)
+    while decoder.busy:
+        decoder.step()
+    for request, one in zip(requests, wanted, strict=True):
+        assert (torch.stack(request.logits) - one).abs().max() < 1e-5 * one.abs().max()
+
+
+def test_a_row_goes_on_from_what_it_has_read_for_the_same_owner() -> None:
+    base = tiny_base()
+    bank = trained_bank(base)
+    decoder = Decoder(base, bank, 2)
+
+    def answer(request: Recorded) -> Recorded:
+        decoder.submit(request)
+        while decoder.busy:
+            decoder.step()
+        return request
+
+    first = answer(Recorded(PROMPTS[1], 0, [7, 8, 9]))
+    longer = Recorded([*first.prompt, 7, 8, 20, 21], 0, [5, 6])
+    assert decoder.rows[0].common(longer) == len(first.prompt) + 2
+    again = Recorded(PROMPTS[1], 0, [7, 8, 9])
+    assert decoder.rows[0].common(again) == len(again.prompt) - 1
+    other = Recorded([*first.prompt, 7, 8, 20, 21], 1, [5, 6])
+    assert decoder.rows[0].common(other) == 0
+    for request in (longer, again, other):
+        wanted = solo(base, bank, answer(request))
+        assert torch.allclose(torch.stack(request.logits), wanted, rtol=1e-9)
+    decoder.forget(0)
+    assert all(row.common(Recorded(PROMPTS[1], 0, [7])) == 0 for row in decoder.rows)
+
+
+def test_one_adapter_whose_logits_are_no_numbers_fails_alone() -> None:
+    base = tiny_base()
+    bank = trained_bank(base)
+    healthy = [Recorded(PROMPTS[0], 1, [7, 8, 9]), Recorded(PROMPTS[1], -1, [7, 8, 9])]
+    wanted = [solo(base, bank, request) for request in healthy]
+    next(iter(bank.slot_parameters(0).values())).value.fill_(torch.nan)
+    decoder = Decoder(base, bank, 3)
+    sick = Request(PROMPTS[3], 0, GenerationConfig(max_new_tokens=3), 0, frozenset())
+    for request in (sick, *healthy):
+        decoder.submit(request)
+    while decoder.busy:
+        decoder.step()
+    assert isinstance(sick.error, ModelError) and not sick.answer
+    later = Recorded(PROMPTS[1], -1, [7, 8, 9])  # takes the row that held them
+    decoder.submit(later)
+    while decoder.busy:
+        decoder.step()
+    for request, one in zip([*healthy, later], [*wanted, wanted[1]], strict=True):
+        assert torch.allclose(torch.stack(request.logits), one, rtol=1e-9)
+
+
+def test_models_outside_the_attention_interface_are_told_apart() -> None:
+    base = tiny_base()
+    base.model.config.is_decoder = True
+    layer = base.model.model.layers[0].self_attn
+    layer.is_causal = False
+    assert not Decoder.fits(base, None)
+    with pytest.raises(ModelError, match="cannot be decoded in flat batches"):
+        Decoder(base, None, 2)
