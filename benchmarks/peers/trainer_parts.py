@@ -41,10 +41,10 @@ def common_arguments(job: Job, folder: str) -> dict[str, Any]:
 
 
 def plain_trainer(model: Any, tokenizer: Any, job: dict[str, Any], folder: str, **rows: Dataset) -> Trainer:
-    """``transformers.Trainer`` with its defaults, batches of 8 rows, and the job's steps, rate, warm-up and seed."""
+    """``transformers.Trainer`` with its defaults, and the job's steps, batch, rate, warm-up and seed."""
     arguments = TrainingArguments(
         output_dir=folder,
-        per_device_train_batch_size=8,
+        per_device_train_batch_size=job.get("batch_size", 8),
         per_device_eval_batch_size=16,
         max_steps=job["steps"],
         learning_rate=job["learning_rate"],

@@ -19,6 +19,7 @@ from lorafleet.errors import ModelError
 from lorafleet.generation.request import Request
 from lorafleet.lora import Routing, Slots
 from lorafleet.lora.packed import PackedWeight, pack
+from lorafleet.lora.routing import remember
 from lorafleet.models.attention import flat_inputs, use_cached_attention
 from lorafleet.models.cached_attention import CachedLayout, KeyValueCache
 from lorafleet.models.head import few_ids, plain_decoder
@@ -68,7 +69,7 @@ class Decoder:
         self.rows = [_Row(number) for number in range(rows)]
         self.cache = KeyValueCache(rows, _FIRST_CAPACITY)
         self.waiting: deque[Request] = deque()
-        self._routing: tuple[object, Routing] | None = None
+        self._routings: dict[object, Routing] = {}
 
     @staticmethod
     def fits(base: Base, bank: Slots | None) -> bool:
@@ -206,7 +207,9 @@ class Decoder:
         if self.bank is None:
             return nullcontext()
         key = (slots, lengths)
-        if self._routing is None or self._routing[0] != key:  # the same one again lets layers keep their plans
+        routing = self._routings.get(key)  # the same one again lets layers keep their plans
+        if routing is None:
             runs = [(s, sum(n for _, n in run)) for s, run in groupby(zip(slots, lengths, strict=True), lambda x: x[0])]
-            self._routing = key, Routing(tuple(s for s, _ in runs), tuple(n for _, n in runs))
-        return self.bank.route(self._routing[1])
+            routing = Routing(tuple(s for s, _ in runs), tuple(n for _, n in runs))
+            remember(self._routings, key, routing)
+        return self.bank.route(routing)

@@ -40,6 +40,7 @@ class LoraBank:
         self.saved: dict[str, SlotModule] = {}
         self.biases: dict[str, SlotBias] = {}
         self._targets: list[tuple[str, ...]] = [()] * num_slots
+        self._parents: dict[str, tuple[nn.Module, str]] = {}
         model.requires_grad_(False)
 
     @property
@@ -93,6 +94,10 @@ class LoraBank:
             AdapterError: The slot is taken, or the model is merged.
             ConfigError: The targets do not fit the model.
         """
+        return self._enter(config, slot, seed)
+
+    def _enter(self, config: LoraConfig, slot: int | None, seed: int | None) -> int:
+        """Put an adapter into a slot: one that starts from a seed, or one whose tensors are to be filled in."""
         if self.router.merged_slot is not None:
             raise AdapterError("the model is merged; unmerge before adding an adapter")
         if slot is None:
@@ -100,8 +105,10 @@ class LoraBank:
         if slot < self.num_slots and self.configs[slot] is not None:
             raise AdapterError(f"slot {slot} holds an adapter; remove it first")
         targets = self.find_targets(config)
-        with self._base_view():
-            saved = find_saved(self.model, config)
+        saved: Iterable[str] = ()
+        if config.modules_to_save:
+            with self._base_view():
+                saved = find_saved(self.model, config)
         self._reserve(slot + 1)
         for path in targets:
             self._fill_layer(path, slot, config, seed)
@@ -154,23 +161,26 @@ class LoraBank:
                 self._place(path, module)
 
     def _place(self, path: str, module: nn.Module) -> None:
-        parent, _, name = path.rpartition(".")
-        setattr(self.model.get_submodule(parent), name, module)
+        if path not in self._parents:
+            parent, _, name = path.rpartition(".")
+            self._parents[path] = self.model.get_submodule(parent), name
+        setattr(*self._parents[path], module)
 
-    def _fill_layer(self, path: str, slot: int, config: LoraConfig, seed: int) -> None:
+    def _fill_layer(self, path: str, slot: int, config: LoraConfig, seed: int | None) -> None:
         rank = int(pattern_value(config.rank_pattern, path, config.r))
         width = 2 * rank if config.takes_off_start else rank
         layer = self._layer(path, width)
         layer.grow(self.num_slots, width)
         scaling = config.scaling(rank, pattern_value(config.alpha_pattern, path, config.lora_alpha))
         start = layer.fill(slot, rank, scaling, config.lora_dropout)
-        fresh = Fresh(*start, layer.oriented_weight, scaling, generator_for(seed, path))
-        start_layer = lookup if layer.embeds and not config.takes_off_start else STARTS[config.init_lora_weights]
-        start_layer(fresh)
+        if seed is not None or config.takes_off_start:
+            fresh = Fresh(*start, layer.oriented_weight, scaling, generator_for(seed or 0, path))
+            start_layer = lookup if layer.embeds and not config.takes_off_start else STARTS[config.init_lora_weights]
+            start_layer(fresh)
         if config.takes_off_start:
             layer.take_off_start(slot)
         if config.use_dora:
-            layer.learn_magnitude(slot)
+            layer.learn_magnitude(slot, start=seed is not None)
 
     def _layer(self, path: str, rank: int) -> LoraLinear:
         """The LoRA layer at a path, made now where there is none."""
@@ -300,7 +310,7 @@ class LoraBank:
             AdapterError: The slot is taken, or the tensors do not fit; the slot stays free then.
             ConfigError: The targets do not fit the model.
         """
-        self.add(config, slot=slot)
+        self._enter(config, slot, None)
         try:
             self.load_state_dict(slot, tensors)
         except AdapterError:

@@ -11,7 +11,7 @@ from torch import Tensor
 from lorafleet.lora.functional import add_bias, base_products, lora_linears
 from lorafleet.lora.mixed_rows import MixedRows, takes_mixed_rows
 from lorafleet.lora.packed import PackedWeight, pack
-from lorafleet.lora.routing import Segment
+from lorafleet.lora.routing import Segment, remember
 
 if TYPE_CHECKING:
     from lorafleet.lora.layer import LoraLinear
@@ -123,11 +123,12 @@ def _plan_for(layers: Sequence[LoraLinear], x: Tensor, tokens: int, lower: torch
     router = first.router
     laid = router.segments(tokens) if router.enabled else ()
     state = (router.version, len(layers), first.training, x.dtype, lower)
-    known = first.plan
+    known = first.plans.get(id(laid))
     if known is None or known.laid is not laid or known.state != state:
         known = Plan(layers, tokens, lower, laid, state)
         # Dropout draws its masks anew in each pass, and a weight in lower precision would be one more copy.
-        first.plan = None if known.drops or lower is not None else known
+        if not known.drops and lower is None:
+            remember(first.plans, id(laid), known)
     return known
 
 

@@ -86,7 +86,7 @@ class LoraLinear(nn.Module):
         self.packed: PackedWeight | None = None
         self.shared_input: Callable[[LoraLinear, Tensor], Tensor] | None = None
         self.unmerged: tuple[Tensor, Tensor | None] | None = None
-        self.plan: Plan | None = None
+        self.plans: dict[int, Plan] = {}
 
     @property
     def weight(self) -> Tensor:
@@ -115,6 +115,7 @@ class LoraLinear(nn.Module):
         if (slots, rank) == (old_slots, old_r):
             return
         self._norms.clear()
+        self.plans.clear()  # they hold the old parameters
         self.router.version += 1
         new_A = self.lora_A.new_zeros((slots, rank, self.in_features))
         new_B = self.lora_B.new_zeros((slots, rank, self.out_features))
@@ -160,13 +161,14 @@ class LoraLinear(nn.Module):
             self.lora_bias = nn.Parameter(self.lora_B.new_zeros((len(self.ranks), self.out_features)))
         self.trains_bias[slot] = True
 
-    def learn_magnitude(self, slot: int) -> None:
-        """Give a slot the lengths of its weight's rows as they are: a row of a parameter ``(K, out)``."""
+    def learn_magnitude(self, slot: int, *, start: bool) -> None:
+        """Give a slot lengths of its weight's rows, a row of a parameter ``(K, out)``; at the start those there are."""
         if self.lora_magnitude is None:
             self.lora_magnitude = nn.Parameter(self.lora_B.new_zeros((len(self.ranks), self.out_features)))
         self.router.version += 1
         self.learns_magnitude[slot] = True
-        self.lora_magnitude.detach()[slot] = self.norms(slot)
+        if start:
+            self.lora_magnitude.detach()[slot] = self.norms(slot)
 
     def norms(self, slot: int) -> Tensor:
         """``‖W0 + scaling·B·A‖`` of each row, ``(out,)``; kept for calls without gradients until A or B changes."""

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from lorafleet.errors import RoutingError
 
@@ -69,6 +69,18 @@ class Routing:
         return tuple(segments)
 
 
+_REMEMBERED = 16
+"""Routings in turn whose plans are kept: requests that come and go bring a few back again and again."""
+
+
+def remember(known: dict[Any, Any], key: object, value: object) -> None:
+    """Note a value, and forget the oldest where there are many."""
+    known.pop(key, None)
+    if len(known) >= _REMEMBERED:
+        del known[next(iter(known))]
+    known[key] = value
+
+
 class Router:
     """The routing in force, shared by a bank and its layers."""
 
@@ -77,14 +89,17 @@ class Router:
         self.enabled = True
         self.merged_slot: int | None = None
         self.version = 0  # counts changes of the layers and their slots, but for the numbers in A and B
-        self._laid: tuple[Routing | None, int, tuple[Segment, ...]] | None = None
+        self._laid: dict[tuple[int, int], tuple[Routing | None, tuple[Segment, ...]]] = {}
 
     def segments(self, tokens: int) -> tuple[Segment, ...]:
         """The segments of a flattened batch of ``tokens`` positions; without a routing all go to slot 0."""
-        if self._laid is None or self._laid[0] is not self.routing or self._laid[1] != tokens:
+        key = (id(self.routing), tokens)
+        known = self._laid.get(key)
+        if known is None or known[0] is not self.routing:
             laid = self.routing.segments(tokens) if self.routing else (Segment(0, 0, tokens, None),)
-            self._laid = (self.routing, tokens, laid)
-        return self._laid[2]
+            known = self.routing, laid
+            remember(self._laid, key, known)
+        return known[1]
 
     @contextmanager
     def using(self, routing: Routing | None, *, enabled: bool = True) -> Iterator[None]:

@@ -80,9 +80,21 @@ def _wanted(config: LoraConfig) -> list[str]:
     return names if all(is_plain(name) for name in names) else [targets]
 
 
-def _select(name: str, candidates: dict[str, nn.Module], head: nn.Module | None) -> set[str]:
+def _by_suffix(candidates: Mapping[str, nn.Module]) -> dict[str, set[str]]:
+    """The paths that end in a name, for every name at a dot: a file may list hundreds of paths."""
+    found: dict[str, set[str]] = {}
+    for path in candidates:
+        parts = path.split(".")
+        for start in range(len(parts)):
+            found.setdefault(".".join(parts[start:]), set()).add(path)
+    return found
+
+
+def _select(
+    name: str, candidates: dict[str, nn.Module], by_suffix: dict[str, set[str]], head: nn.Module | None
+) -> set[str]:
     if name not in SHORTHANDS:
-        return {path for path in candidates if matches(name, path)}
+        return by_suffix.get(name, set()) if is_plain(name) else {path for path in candidates if matches(name, path)}
     body = {path for path, one in candidates.items() if one is not head and not isinstance(one, nn.Embedding)}
     if name == "all-linear":
         return body
@@ -114,10 +126,10 @@ def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
         raise AdapterError("this model carries a lorafleet bank already; use bank.add instead of injecting twice")
     candidates = adaptable_layers(model)
     head = output_head(model)
-    suffixes = _suffixes(candidates)
+    suffixes, by_suffix = _suffixes(candidates), _by_suffix(candidates)
     faults, chosen = [], set[str]()
     for name in _wanted(config):
-        found = _select(name, candidates, head)
+        found = _select(name, candidates, by_suffix, head)
         if not found:
             faults.append(
                 f"target_modules: {name!r} matches no linear layer of {type(model).__name__}"
@@ -170,7 +182,8 @@ def without_absent(model: nn.Module, config: LoraConfig) -> LoraConfig:
     no name matches at all, they stay, for :func:`find_targets` to refuse.
     """
     candidates, head = adaptable_layers(model), output_head(model)
-    targets = [name for name in _wanted(config) if _select(name, candidates, head)]
+    by_suffix = _by_suffix(candidates)
+    targets = [name for name in _wanted(config) if _select(name, candidates, by_suffix, head)]
     return config.model_copy(update={"target_modules": targets}) if targets else config
 
 

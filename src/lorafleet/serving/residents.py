@@ -4,7 +4,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 from lorafleet.config.lora import LoraConfig
-from lorafleet.errors import AdapterError, raise_all
+from lorafleet.errors import AdapterError, ConfigError, raise_all
 from lorafleet.files.adapter import load_adapter
 from lorafleet.generation.adapted import mismatches
 from lorafleet.lora import LoraBank, without_absent
@@ -115,7 +115,10 @@ class Residents:
         if self.check_base:
             faults = mismatches(adapter, self.base)
             raise_all(AdapterError, faults, f"the adapter {found.label} was not trained on this base")
-        self.bank.load(slot, without_absent(self.base.model, adapter.config), adapter.tensors)
+        try:
+            self.bank.load(slot, adapter.config, adapter.tensors)
+        except ConfigError:  # written for a family of models: some names are of other members
+            self.bank.load(slot, without_absent(self.base.model, adapter.config), adapter.tensors)
         if (factor := self._scales.get(found.key, 1.0)) != 1:
             self.bank.rescale(slot, factor)
         return Resident(found.label, slot, sum(tensor.nbytes for tensor in adapter.tensors.values()))

@@ -1,0 +1,39 @@
+"""``lorafleet.fleet`` on the users of ``benchmarks.fleet``."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lorafleet
+from benchmarks.job import peak_memory_bytes, serve_plain
+from lorafleet.files.adapter import WEIGHTS
+
+
+def run(job: dict[str, Any]) -> dict[str, Any]:
+    """Train all users' adapters, and keep them in a registry; seconds of training, and what the registry takes."""
+    torch.set_num_threads(job["threads"])
+    result = lorafleet.fleet(job["fleet"])
+    opened = lorafleet.Registry(job["fleet"]["registry"])
+    kept = opened.versions()
+    sizes, uses = opened.blobs.sizes(), Counter(digest for one in kept for digest in set(one.files.values()))
+    weights = sum(sizes[one.files[WEIGHTS]] for one in kept)
+    common = sum(sizes[digest] for digest, count in uses.items() if count > 1)
+    database = Path(job["fleet"]["registry"], "registry.db").stat().st_size
+    return {
+        "seconds": result.train_seconds,
+        "whole_seconds": result.seconds,
+        "population_size": result.population_size,
+        "steps": sum(member.steps for member in result.members),
+        "tokens": result.tokens,
+        "users": len(kept),
+        "weight_bytes": weights,
+        "common_bytes": common,
+        "own_bytes": sum(sizes[digest] for digest in uses) - weights - common + database,
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+
+
+if __name__ == "__main__":
+    serve_plain(run)
