@@ -387,7 +387,7 @@ def keep_start(queue: AdapterQueue, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def unmask_padding(queue: AdapterQueue, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rows past a slot's rank hold something and take part."""
-    place, segment = queue.place, LoraLinear._segment
+    place, segment = queue.place, LoraLinear.segment
 
     def unmasked(layer: LoraLinear, one: Segment) -> LoraSegment:
         return segment(layer, one)._replace(rank=layer.lora_A.shape[1])
@@ -399,7 +399,7 @@ def unmask_padding(queue: AdapterQueue, monkeypatch: pytest.MonkeyPatch) -> None
             layer.lora_B.data[slot, layer.ranks[slot] :] = 0.1
         return member
 
-    monkeypatch.setattr(LoraLinear, "_segment", unmasked)
+    monkeypatch.setattr(LoraLinear, "segment", unmasked)
     monkeypatch.setattr(queue, "place", filling)
 
 
