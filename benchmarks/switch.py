@@ -199,7 +199,8 @@ def _lines(facts: dict[str, Spread], job: dict[str, Any]) -> list[str]:
         f"an adapter from disk into its slot: {facts['load_over_raw_read'].text(2)} × a plain read of its tensors",
         f"{job['registered']} registered, {job['resident']} resident: the first token of one that has to be loaded "
         f"takes {facts['miss_over_hit'].text(2)} × that of a resident",
-        f"memory that residents add: {facts['memory_over_files'].text(2)} × the bytes of their files",
+        f"memory since the pool was empty, the cache included: {facts['memory_over_files'].text(2)} × the files of its "
+        "residents",
     ]
 
 

@@ -26,8 +26,9 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     base = load_base(ModelConfig(model_name_or_path=job["model"], device="cpu", dtype="float32"))
     size = {"max_adapters": job["resident"], "max_requests": max(batch for _, batch in job["cases"])}
     pool = AdapterPool(base, registry=job["registry"], check_base=False, **size)
+    empty = psutil.Process().memory_info().rss  # before the first adapter
     found = {"decode": [_decode(pool, job, adapters, batch) for adapters, batch in job["cases"]]}
-    return found | {"load": _load(pool, job), "switch": _switch(pool, job), "many": _many(pool, job)}
+    return found | {"load": _load(pool, job), "switch": _switch(pool, job), "many": _many(pool, job, empty)}
 
 
 def _decode(pool: AdapterPool, job: dict[str, Any], adapters: int, batch: int) -> dict[str, Any]:
@@ -87,10 +88,9 @@ def _switch(pool: AdapterPool, job: dict[str, Any]) -> dict[str, float]:
     return {"stay_seconds": median(stay), "switch_seconds": median(switch)}
 
 
-def _many(pool: AdapterPool, job: dict[str, Any]) -> dict[str, Any]:
+def _many(pool: AdapterPool, job: dict[str, Any], empty: int) -> dict[str, Any]:
     """First tokens of requests over all names of the registry, some resident, some not."""
-    picks, process = random.Random(0), psutil.Process()
-    before, there, absent = process.memory_info().rss, [], []
+    picks, there, absent = random.Random(0), list[float](), list[float]()
     for _ in range(job["requests"]):
         name = f"many-{int(picks.paretovariate(0.5)) % job['registered']}"
         known = any(resident.label == f"{name}:1" for resident in pool.residents)
@@ -99,7 +99,7 @@ def _many(pool: AdapterPool, job: dict[str, Any]) -> dict[str, Any]:
     return {
         "resident": len(pool.residents),
         "resident_bytes": sum(resident.bytes for resident in pool.residents),
-        "added_bytes": process.memory_info().rss - before,
+        "added_bytes": psutil.Process().memory_info().rss - empty,
         "hits": len(there),
         "misses": len(absent),
         "hit_seconds": median(there) if there else None,

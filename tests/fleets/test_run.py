@@ -212,7 +212,7 @@ def test_a_nan_stops_its_adapter_alone(place: Path) -> None:
             "no member has rows to train on; the first: .*nowhere",
         ),
         ({"tasks": {"a": {"data": "x", "target_modules": ["q"]}}}, ConfigError, "target_modules"),
-        ({"shared": "plain", "tasks": {"a": {"data": "x"}}}, ConfigError, "shared = 'plain' is for users"),
+        ({"shared": "keyed", "tasks": {"a": {"data": "x"}}}, ConfigError, "shared = 'keyed' is for users"),
         ({"warm_start": True, "tasks": {"a": {"data": "x"}}}, ConfigError, "warm_start needs users"),
         ({"users": {"data": "users.jsonl", "key": "usr"}}, DataError, "did you mean 'user'"),
         ({"users": {"data": "users.jsonl"}, "tasks": {"ann": {"data": "x"}}}, ConfigError, "one name: ann"),

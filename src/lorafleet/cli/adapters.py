@@ -7,6 +7,7 @@ from lorafleet.cli.help import Argument
 from lorafleet.config import (
     AddConfig,
     AliasConfig,
+    CombineConfig,
     ConvertConfig,
     ExportConfig,
     GcConfig,
@@ -99,6 +100,20 @@ ADAPTERS = (
         (RegistryConfig, ImportConfig),
         Argument("FILE", True, "What export wrote."),
         examples=("lorafleet adapters import reviews.tar",),
+    ),
+    Command(
+        "combine",
+        "combine",
+        "Write one adapter that stands for several of one base: weighted sums, SVD, TIES, DARE.",
+        (RegistryConfig, CombineConfig),
+        Argument("ADAPTER", True, "Folders, or names of the registry.", many=True),
+        home="lorafleet.methods.combine",
+        view="lorafleet.cli.show_adapters",
+        examples=(
+            "lorafleet adapters combine reviews topics --output-dir adapters/both",
+            "lorafleet adapters combine a b c --weights '[0.5, 0.3, 0.2]' --combination ties --density 0.3 "
+            "--output-dir adapters/three",
+        ),
     ),
     Command(
         "convert",

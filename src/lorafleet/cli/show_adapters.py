@@ -11,6 +11,7 @@ from lorafleet.evaluation.metrics import in_figures, in_words
 
 if TYPE_CHECKING:
     from lorafleet.files.pickled import ConvertResult
+    from lorafleet.methods.combine import CombineResult
     from lorafleet.registry.archive import ExportResult
     from lorafleet.registry.difference import Difference
     from lorafleet.registry.run import Shown, Versions
@@ -116,6 +117,12 @@ def import_versions(result: "Versions") -> None:
     """What came."""
     for version in result.versions:
         add(version)
+
+
+def combine(result: "CombineResult") -> None:
+    """The folder, and what is in it."""
+    parts = " + ".join(f"{weight:g} · {name}" for name, weight in result.parts.items())
+    put(f"{result.adapter}: {parts} by {result.combination}, rank {result.r}, {result.parameters:,} parameters")
 
 
 def convert(result: "ConvertResult") -> None:

@@ -1,6 +1,7 @@
 """Every knob, declared once with type, unit and reason; YAML in and out. Imports no torch."""
 
 from lorafleet.config.advice import AdviseConfig
+from lorafleet.config.combine import CombineConfig
 from lorafleet.config.compare import CompareConfig, EstimateConfig, MethodsConfig
 from lorafleet.config.data import DataConfig
 from lorafleet.config.fleet import FLEET_DEFAULTS, FleetConfig, GateConfig, UsersConfig
@@ -38,6 +39,7 @@ __all__ = [
     "AdviseConfig",
     "AliasConfig",
     "ChatConfig",
+    "CombineConfig",
     "CompareConfig",
     "ConvertConfig",
     "DataConfig",

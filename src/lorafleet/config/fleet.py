@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+from lorafleet.config.combine import Combination
 from lorafleet.config.knob import Section, knob
 
 Rival = Literal["base", "shared", "prod"]
@@ -19,8 +20,15 @@ class FleetConfig(Section):
     keep: bool = knob(True, "Keep every adapter in the registry: those that pass, and those that do not.")
     shared: Literal["auto", "none", "plain", "keyed", "both"] = knob(
         "auto",
-        "Train one adapter on all users' rows too, to compare with: plain, with the user's key in the prompt (keyed), "
-        "or both. auto: both for users, none for tasks.",
+        "Train one adapter on everybody's rows too, to compare with: plain, with the user's key in the prompt (keyed), "
+        "or both; on the mixture of tasks, plain. auto: both for users, none for tasks.",
+    )
+    mixture: Literal["proportional", "equal", "temperature"] = knob(
+        "proportional", "How often each task comes in a shared adapter's epoch; proportional is by its rows."
+    )
+    mixture_temperature: float = knob(2.0, "Of mixture temperature: 1 is proportional, large is equal.", ge=1)
+    combine: list[Combination] = knob(
+        [], "Combine the tasks' adapters too, in equal shares, to compare with: cat, svd, linear, ties, dare_ties …"
     )
     warm_start: bool = knob(False, "Start each adapter from the shared one (plain) instead of from zero.")
 

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -18,9 +19,16 @@ _COPY = re.compile(r"(?P<module>.+)\.(original_module|modules_to_save)\.(?P<para
 _SHOWN = 20
 
 
+@lru_cache(maxsize=1 << 16)
+def _factor_of(name: str) -> str | None:
+    """The module whose A or B a tensor is."""
+    found = _FACTOR.fullmatch(name)
+    return None if found is None else found["module"]
+
+
 def adapted_modules(names: Iterable[str]) -> list[str]:
     """The modules that have an ``A`` or ``B``, in the order of ``names``."""
-    return list(dict.fromkeys(found["module"] for name in names if (found := _FACTOR.fullmatch(name))))
+    return list(dict.fromkeys(module for name in names if (module := _factor_of(name))))
 
 
 def factor_names(module: str, names: Collection[str]) -> tuple[str, str]:
@@ -71,8 +79,9 @@ def in_order(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return kept
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdecimal() and len(part) < 10 else (-1, part) for part in name.split(".")]
+@lru_cache(maxsize=1 << 16)  # adapters of one base have the same names
+def _natural(name: str) -> tuple[tuple[int, str], ...]:
+    return tuple((int(part), "") if part.isdecimal() and len(part) < 10 else (-1, part) for part in name.split("."))
 
 
 def rank_and_alpha(config: LoraConfig, module: str) -> tuple[int, float]:
@@ -90,7 +99,7 @@ def tensor_faults(config: LoraConfig, tensors: Mapping[str, Tensor]) -> list[str
     faults = [] if modules else ["there is no lora_A or lora_B tensor in it"]
     for module in modules:
         faults += _pair_faults(config, module, tensors)
-    rest = [name for name in tensors if not _FACTOR.fullmatch(name)]
+    rest = [name for name in tensors if not _factor_of(name)]
     faults += [f"surplus tensor {name}" for name in rest if not _is_wanted(config, name, modules)]
     for saved in config.modules_to_save:
         if not any(in_saved(saved, name.removeprefix(PREFIX)) for name in rest):

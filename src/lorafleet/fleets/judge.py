@@ -61,7 +61,8 @@ class Judge:
         rows = member.held_out(self.plan.run.max_eval_rows)
         prod = adapter_in_use(self.registry, member, self.plan.fleet.alias, self.base)
         kind = kind_of(name, self.users)
-        scores, columns = self.rivals.compare(member, rows, self._keyed(member), prod, shared=kind == "user")
+        shares = kind == ("task" if self.users is None else "user")  # whose rows the shared adapters know
+        scores, columns = self.rivals.compare(member, rows, self._keyed(member), prod, shared=shares)
         reasons = failures(member.plan.gate, self._evidence(member, scores, columns))
         self.rivals.done()
         metric = compared_by(member.plan.gate, scores["own"])
@@ -112,7 +113,7 @@ class Judge:
         return version.label
 
     def _shared(self, name: str) -> Path | None:
-        found = self.candidates.outcomes.get(name) == "finished" and self.users is not None
+        found = self.candidates.outcomes.get(name) == "finished"
         return self.candidates.members[name].folder if found else None
 
     def _keyed(self, member: FleetMember) -> Data | None:

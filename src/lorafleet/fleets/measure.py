@@ -84,6 +84,13 @@ class Rivals:
             scores["majority"], columns["majority"] = _majority(member.data, rows)
         return scores, columns
 
+    def score(self, folder: Path, member: FleetMember, rows: Sequence[TokenRow]) -> dict[str, float]:
+        """The metrics of an adapter in a folder on a member's rows."""
+        self._fill(_OWN, load_adapter(folder))
+        scores, _ = self._measure(_OWN, member.data, rows)
+        self.bank.remove(_OWN)
+        return scores
+
     def forgetting(self) -> float:
         """By how much the loss on a general text has risen for the adapter that was compared last, in nats a token."""
         if self._general is None:

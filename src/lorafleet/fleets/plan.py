@@ -62,6 +62,7 @@ class FleetPlan:
         registry: Where adapters are kept.
         fleet: What is done with them.
         tasks: Members with rows of their own.
+        defaults: What a member without knobs of its own is like.
         users: Where members come from that are users of one file.
         user_knobs: What the users' members have in common: data without a source, shape, training, gate.
     """
@@ -73,6 +74,7 @@ class FleetPlan:
     registry: RegistryConfig
     fleet: FleetConfig
     tasks: tuple[MemberPlan, ...]
+    defaults: MemberPlan
     users: UsersConfig | None
     user_knobs: MemberPlan | None
 
@@ -102,20 +104,21 @@ def read_plan(source: Mapping[str, Any] | str | os.PathLike[str], knobs: Mapping
     tasks = [
         _member(name, _mapping(f"tasks.{name}", task, faults), nested, faults) for name, task in nested["tasks"].items()
     ]
+    defaults = _member("defaults", {"data": "?"}, nested, faults)
     users = user_knobs = None
     if nested["users"]:
         (users,) = _sections((UsersConfig,), nested["users"], {}, "users", faults) or (None,)
         own = {"data": str(nested["users"].get("data", "?")), "valid_fraction": 0.0}
         user_knobs = _member("users", own, nested, faults)
     raise_all(ConfigError, faults, "the fleet cannot start")
-    assert whole is not None
+    assert whole is not None and defaults is not None
     for once in ("overwrite", "resume_from_checkpoint", "resume"):
         whole_source.pop(once, None)  # what one call was allowed to do
     model, run, population, registry, fleet = whole
     if "save_strategy" not in run.model_fields_set:
         run = run.model_copy(update=FLEET_DEFAULTS)
     named = tuple(one for one in tasks if one is not None)
-    return FleetPlan(whole_source, model, run, population, registry, fleet, named, users, user_knobs)
+    return FleetPlan(whole_source, model, run, population, registry, fleet, named, defaults, users, user_knobs)
 
 
 def _member(name: Any, own: Mapping[str, Any], nested: Mapping[str, Any], faults: list[str]) -> MemberPlan | None:

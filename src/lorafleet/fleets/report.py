@@ -58,11 +58,26 @@ def table(result: FleetResult) -> tuple[list[str], list[list[str]]]:
     return head, [_row(one, whom) for one in result.members]
 
 
+def ways(result: FleetResult) -> tuple[list[str], list[list[str]]]:
+    """One row for each way to serve all tasks."""
+    metrics = {one.name: one.metric for one in result.members}
+    tasks = list(next(way.scores for way in result.ways))
+    head = ["way", *(f"{task}: {in_words(metrics[task])}" for task in tasks), "parameters", "MB"]
+    rows = []
+    for way in result.ways:
+        cells = [in_figures(metrics[task], way.scores[task]) if way.scores else "" for task in tasks]
+        kept = [f"{way.parameters:,}", f"{way.bytes / 1e6:.1f}"] if way.scores else [way.error or "", ""]
+        rows.append([way.name, *cells, *kept])
+    return head, rows
+
+
 def markdown(result: FleetResult) -> str:
     """The report as Markdown."""
     parts = [f"# Fleet: {Path(result.output_dir).resolve().name}", *conclusion(result), markdown_table(*table(result))]
     if result.pooled:
         parts.insert(2, markdown_table(*_pooled(result)))
+    if result.ways:
+        parts += ["## Ways to serve all tasks", markdown_table(*ways(result))]
     return "\n\n".join(parts) + "\n"
 
 
@@ -76,6 +91,9 @@ def page(result: FleetResult) -> str:
     if picture := gains(result.members):
         note = "How much better each adapter is than the shared one, or than the base; bars: where chance could put it."
         body.append(f"<section><h2>Gains</h2><p class=note>{note}</p><figure>{picture}</figure></section>")
+    if result.ways:
+        table_of_ways = html_table(*ways(result), best=None, wide=0)
+        body.append(f"<section><h2>Ways to serve all tasks</h2>{table_of_ways}</section>")
     body.append(f"<section><h2>Adapters</h2>{html_table(head, rows, best=None, wide=0)}</section>")
     return document(f"Fleet: {Path(result.output_dir).resolve().name}", "\n".join(body))
 

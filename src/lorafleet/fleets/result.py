@@ -42,6 +42,25 @@ class MemberResult:
 
 
 @dataclass(frozen=True)
+class Way:
+    """A way to serve all tasks.
+
+    Attributes:
+        name: Which.
+        scores: Each task's metric on its held-out rows; empty where the way does not take these adapters.
+        parameters: Numbers that have to be kept beside the base, for all tasks together.
+        bytes: Their files.
+        error: Why there are no scores.
+    """
+
+    name: str
+    scores: dict[str, float]
+    parameters: int
+    bytes: int
+    error: str | None = None
+
+
+@dataclass(frozen=True)
 class FleetResult:
     """A whole fleet.
 
@@ -49,6 +68,7 @@ class FleetResult:
         output_dir: The run folder.
         model: The base.
         members: Every member, in the order of the file.
+        ways: Of tasks with a shared or combined adapter: every way to serve them, measured.
         pooled: For a fleet of users, by whom: the metric over all users' held-out rows.
         pooled_metric: That metric.
         pooled_gains: Over whom: how much better users' own adapters are over all rows, with its interval.
@@ -61,6 +81,7 @@ class FleetResult:
     output_dir: str
     model: str
     members: tuple[MemberResult, ...]
+    ways: tuple[Way, ...]
     pooled: dict[str, float]
     pooled_metric: str
     pooled_gains: dict[str, tuple[float, Interval | None]]

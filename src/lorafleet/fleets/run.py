@@ -16,12 +16,14 @@ from lorafleet.files.atomic import write_json, write_text
 from lorafleet.files.run_folder import SETTINGS, clear_run, open_run, provenance
 from lorafleet.fleets.judge import Judge, gain_over
 from lorafleet.fleets.measure import Columns, pooled
-from lorafleet.fleets.members import FleetCandidates, load_members
+from lorafleet.fleets.members import FleetCandidates, FleetMember, load_members
+from lorafleet.fleets.mixture import mixture_member
 from lorafleet.fleets.plan import FleetPlan, MemberPlan, read_plan
 from lorafleet.fleets.report import write_report
-from lorafleet.fleets.result import FleetResult, MemberResult
+from lorafleet.fleets.result import FleetResult, MemberResult, Way
 from lorafleet.fleets.train import train_members
 from lorafleet.fleets.users import KEYED, PLAIN, Users, kind_of, split_users
+from lorafleet.fleets.ways import compare_ways
 from lorafleet.lora import LoraBank
 from lorafleet.models.load import load_base, load_meta_model, load_tokenizer
 from lorafleet.registry.registry import Registry
@@ -30,7 +32,7 @@ from lorafleet.training.setup import check_run, prepare_machine
 
 logger = logging.getLogger(__name__)
 
-ADAPTERS, ROWS, RESULTS = "adapters", "rows", "fleet.json"
+ADAPTERS, COMBINED, ROWS, RESULTS = "adapters", "combined", "rows", "fleet.json"
 
 
 def fleet(config: Mapping[str, Any] | str | os.PathLike[str], /, **knobs: Any) -> FleetResult:
@@ -65,6 +67,9 @@ def fleet(config: Mapping[str, Any] | str | os.PathLike[str], /, **knobs: Any) -
         left_out |= unreadable
         if not members:
             raise DataError(f"no member has rows to train on; the first: {next(iter(left_out.values()))}")
+        tasks = members if users is None else []
+        if tasks and plan.fleet.shared == "plain":
+            members = [mixture_member(tasks, plan.fleet, plan.defaults, output_dir / ADAPTERS), *tasks]
         base = load_base(plan.model)
         if plan.run.overwrite:
             clear_run(output_dir, keep=checkpoint)
@@ -83,6 +88,7 @@ def fleet(config: Mapping[str, Any] | str | os.PathLike[str], /, **knobs: Any) -
             output_dir=str(output_dir),
             model=base.name,
             members=tuple(judged),
+            ways=tuple(_ways(plan, tasks, judged, judge, output_dir / COMBINED)),
             **pool(users_rows),
             population_size=trained.population_size,
             tokens=sum(one.tokens for one in judged),
@@ -92,6 +98,17 @@ def fleet(config: Mapping[str, Any] | str | os.PathLike[str], /, **knobs: Any) -
         write_json(output_dir / RESULTS, result.as_dict())
         logger.info("the report is in %s", write_report(result))
         return result
+
+
+def _ways(
+    plan: FleetPlan, tasks: Sequence[FleetMember], judged: Sequence[MemberResult], judge: Judge, folder: Path
+) -> list[Way]:
+    """The table of ways, where a fleet of tasks has more than one."""
+    results = {one.name: one for one in judged if one.scores}
+    there = [task for task in tasks if task.plan.name in results]
+    if len(there) < 2 or not (plan.fleet.combine or plan.fleet.shared == "plain"):
+        return []
+    return compare_ways(there, results, judge.rivals, plan.fleet.combine, plan.run.max_eval_rows, folder)
 
 
 def _members_of(plan: FleetPlan, rows: Path) -> tuple[Users | None, list[MemberPlan], dict[str, str]]:
@@ -104,8 +121,12 @@ def _members_of(plan: FleetPlan, rows: Path) -> tuple[Users | None, list[MemberP
     kinds = {"auto": (PLAIN, KEYED), "both": (PLAIN, KEYED), "plain": (PLAIN,), "keyed": (KEYED,), "none": ()}
     shared = kinds[plan.fleet.shared]
     faults = []
-    if plan.users is None and plan.fleet.shared not in ("auto", "none"):
-        faults.append(f"shared = {plan.fleet.shared!r} is for users; tasks have no rows in common")
+    if plan.users is None and plan.fleet.shared not in ("auto", "none", "plain"):
+        faults.append(f"shared = {plan.fleet.shared!r} is for users; tasks have shared = plain, on their mixture")
+    if plan.users is not None and plan.fleet.combine:
+        faults.append("combine is for tasks; give users' adapters to `lorafleet adapters combine`")
+    if reserved := sorted({task.name for task in plan.tasks} & {PLAIN, KEYED}):
+        faults.append(f"a task cannot be called {', '.join(reserved)}; that is an adapter of all rows")
     if plan.fleet.warm_start and (plan.users is None or PLAIN not in shared):
         faults.append("warm_start needs users, and a shared adapter of theirs: shared = plain or both")
     raise_all(ConfigError, faults, "the fleet cannot start")

@@ -47,9 +47,9 @@ class Users:
 
 def kind_of(name: str, users: Users | None) -> str:
     """Whether an adapter is a ``task``'s, a ``user``'s, or one that all users share."""
-    if users is None or name not in users.shared.keys() | users.keys.keys():
-        return "task"
-    return "shared" if name in users.shared else "user"
+    if name in (PLAIN, KEYED):
+        return "shared"
+    return "user" if users is not None and name in users.keys else "task"
 
 
 def split_users(config: UsersConfig, folder: Path, seed: int) -> Users:

@@ -40,6 +40,7 @@ class LoraBank:
         self.saved: dict[str, SlotModule] = {}
         self.biases: dict[str, SlotBias] = {}
         self._targets: list[tuple[str, ...]] = [()] * num_slots
+        self._found: dict[str, dict[str, nn.Module]] = {}
         self._parents: dict[str, tuple[nn.Module, str]] = {}
         model.requires_grad_(False)
 
@@ -76,8 +77,12 @@ class LoraBank:
         Raises:
             ConfigError: Targets do not fit the model.
         """
-        with self._base_view():
-            return find_targets(self.model, config)
+        # Adapters of one fleet have the same targets, of hundreds of paths.
+        key = config.model_dump_json(exclude=set() if config.takes_off_start else {"r", "lora_alpha", "lora_dropout"})
+        if key not in self._found:
+            with self._base_view():
+                self._found = {key: find_targets(self.model, config)}
+        return self._found[key]
 
     def add(self, config: LoraConfig, *, seed: int = 0, slot: int | None = None) -> int:
         """Put a fresh adapter into a slot; its output equals the base's until it is trained.
