@@ -9,6 +9,7 @@ from torch import Tensor
 import lorafleet.generation.decoder as module
 from lorafleet.config import GenerationConfig
 from lorafleet.errors import ModelError
+from lorafleet.generation.decode import generate_ids
 from lorafleet.generation.decoder import Decoder
 from lorafleet.generation.request import Request
 from lorafleet.lora import LoraBank, Routing
@@ -125,6 +126,17 @@ def test_one_adapter_whose_logits_are_no_numbers_fails_alone() -> None:
         decoder.step()
     for request, one in zip([*healthy, later], [*wanted, wanted[1]], strict=True):
         assert torch.allclose(torch.stack(request.logits), one, rtol=1e-9)
+
+
+def test_a_merged_adapter_answers_as_before() -> None:
+    base = tiny_base()
+    bank = trained_bank(base)
+    config = GenerationConfig(max_new_tokens=6)
+    wanted = generate_ids(base, bank, PROMPTS, [1] * 5, config)
+    twin = tiny_base()
+    merged = trained_bank(twin)
+    merged.merge(1)
+    assert generate_ids(twin, merged, PROMPTS, [1] * 5, config) == wanted
 
 
 def test_models_outside_the_attention_interface_are_told_apart() -> None:

@@ -6,21 +6,23 @@ one that begins alike, such as the next turn of a chat.
 """
 
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby
 from math import isnan
-from typing import cast
+from typing import Any, NamedTuple, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from lorafleet.errors import ModelError
+from lorafleet.errors import AdapterError, ModelError
 from lorafleet.generation.request import Request
 from lorafleet.lora import Routing, Slots
 from lorafleet.lora.packed import PackedWeight, pack
 from lorafleet.lora.routing import remember
-from lorafleet.models.attention import flat_inputs, use_cached_attention
+from lorafleet.models.attention import FLAT, flat_inputs, use_cached_attention
 from lorafleet.models.cached_attention import CachedLayout, KeyValueCache
 from lorafleet.models.head import few_ids, plain_decoder
 from lorafleet.models.load import Base
@@ -47,6 +49,33 @@ class _Row:
         return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(self.ids), len(request.prompt) - 1))
 
 
+class _Look(NamedTuple):
+    """What was found out about a model: whether it decodes in flat batches, and what stands before its head."""
+
+    flat: bool
+    body: Callable[..., Any] | None
+
+
+_KNOWN: WeakKeyDictionary[PreTrainedModel, _Look] = WeakKeyDictionary()
+
+
+def _looked_at(model: PreTrainedModel, bank: Slots | None) -> _Look:
+    """Some runs of the model on a few tokens, once."""
+    known = _KNOWN.get(model)
+    if known is None or (known.flat and model.config._attn_implementation != FLAT):
+        with torch.no_grad(), _without_adapters(bank):
+            flat = use_cached_attention(model)
+            known = _KNOWN[model] = _Look(flat, plain_decoder(model) if flat else None)
+    return known
+
+
+def _without_adapters(bank: Slots | None) -> AbstractContextManager[None]:
+    try:
+        return nullcontext() if bank is None else bank.disabled()
+    except AdapterError:
+        return nullcontext()  # one is merged, and there is no bare base
+
+
 class Decoder:
     """Answers requests on one base and its slots.
 
@@ -63,8 +92,7 @@ class Decoder:
         self.base, self.bank, self.model = base, bank, base.model
         if not self.fits(base, bank):
             raise ModelError(f"{type(base.model).__name__} cannot be decoded in flat batches")
-        with torch.no_grad(), bank.disabled() if bank is not None else nullcontext():
-            self._body = plain_decoder(self.model)
+        self._body = _looked_at(base.model, bank).body
         self._packed_head: PackedWeight | None = None
         self.rows = [_Row(number) for number in range(rows)]
         self.cache = KeyValueCache(rows, _FIRST_CAPACITY)
@@ -76,8 +104,7 @@ class Decoder:
         """Whether base and bank can be decoded so: transformers' attention interface, and no virtual tokens."""
         if bank is not None and bank.padded_model is not None:
             return False
-        with bank.disabled() if bank is not None else nullcontext():
-            return use_cached_attention(base.model)
+        return _looked_at(base.model, bank).flat
 
     def speed_up(self) -> None:
         """Prepare for many steps: weights are packed (see ``LoraBank.speed_up``), the output head's too."""
