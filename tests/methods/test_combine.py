@@ -85,7 +85,7 @@ def test_from_the_command_line_by_name(fleet: TinyFleet, tmp_path: Path, capsys:
     fleet.add("x", 1)
     fleet.add("y", 4)
     command = ["adapters", "combine", "x", "y@prod", "--registry", fleet.registry.location]
-    assert main([*command, "--output-dir", str(tmp_path / "c"), "--weights", "[1, -0.5]"]) == 0
+    assert main([*command, "--output-dir", str(tmp_path / "c"), "--weights", "1,-0.5"]) == 0
     assert "1 · x + -0.5 · y@prod by cat, rank 6" in capsys.readouterr().out
     assert main([*command, "--output-dir", str(tmp_path / "d"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["parts"] == {"x": 0.5, "y@prod": 0.5}

@@ -111,7 +111,7 @@ ADAPTERS = (
         view="lorafleet.cli.show_adapters",
         examples=(
             "lorafleet adapters combine reviews topics --output-dir adapters/both",
-            "lorafleet adapters combine a b c --weights '[0.5, 0.3, 0.2]' --combination ties --density 0.3 "
+            "lorafleet adapters combine a b c --weights 0.5,0.3,0.2 --combination ties --density 0.3 "
             "--output-dir adapters/three",
         ),
     ),
