@@ -123,7 +123,7 @@ def _prepare(
         "warmup_steps": warmup_steps(training, steps),
         "seed": training.seed,
     }
-    defaults = {"max_steps": steps, "per_device_train_batch_size": batch_size, "eval_strategy": "no"}
+    defaults = {"max_steps": steps, "per_device_train_batch_size": batch_size}
     fleet = {
         "model": base.source,
         "shared": "none",

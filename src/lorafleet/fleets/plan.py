@@ -101,10 +101,10 @@ def read_plan(source: Mapping[str, Any] | str | os.PathLike[str], knobs: Mapping
         faults.append(fault)
     if not nested["tasks"] and not nested["users"]:
         faults.append("a fleet needs tasks: {NAME: {data: …}} or users: {data: …}")
+    defaults = _member("defaults", {"data": "?"}, nested, faults)
     tasks = [
         _member(name, _mapping(f"tasks.{name}", task, faults), nested, faults) for name, task in nested["tasks"].items()
     ]
-    defaults = _member("defaults", {"data": "?"}, nested, faults)
     users = user_knobs = None
     if nested["users"]:
         (users,) = _sections((UsersConfig,), nested["users"], {}, "users", faults) or (None,)
@@ -140,7 +140,9 @@ def _sections(
         return load_sections(sections, source, {str(key): value for key, value in knobs.items()})
     except ConfigError as error:
         prefix = f"{where}: " if where else ""
-        faults += [new for fault in faults_of(error) if (new := prefix + fault) not in faults]
+        # What is wrong with the defaults is wrong with every member.
+        new = [fault for fault in faults_of(error) if f"defaults: {fault}" not in faults]
+        faults += [prefix + fault for fault in new if prefix + fault not in faults]
         return None
 
 
