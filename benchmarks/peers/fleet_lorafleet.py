@@ -12,7 +12,7 @@ from lorafleet.files.adapter import WEIGHTS
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
-    """Train all users' adapters, and keep them in a registry; seconds of training, and what the registry takes."""
+    """Train all users' adapters, and keep them in a registry; seconds of training, and what both take of the disk."""
     torch.set_num_threads(job["threads"])
     result = lorafleet.fleet(job["fleet"])
     opened = lorafleet.Registry(job["fleet"]["registry"])
@@ -20,7 +20,9 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     sizes, uses = opened.blobs.sizes(), Counter(digest for one in kept for digest in set(one.files.values()))
     weights = sum(sizes[one.files[WEIGHTS]] for one in kept)
     common = sum(sizes[digest] for digest, count in uses.items() if count > 1)
-    database = Path(job["fleet"]["registry"], "registry.db").stat().st_size
+    places = [job["fleet"]["registry"], f"{job['fleet']['output_dir']}/adapters"]
+    files = [path.stat() for place in places for path in Path(place).rglob("*") if path.is_file()]
+    on_disk = sum({file.st_ino: file.st_size for file in files}.values())
     return {
         "seconds": result.train_seconds,
         "whole_seconds": result.seconds,
@@ -30,7 +32,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         "users": len(kept),
         "weight_bytes": weights,
         "common_bytes": common,
-        "own_bytes": sum(sizes[digest] for digest in uses) - weights - common + database,
+        "own_bytes": on_disk - weights - common,
         "peak_memory_bytes": peak_memory_bytes(),
     }
 

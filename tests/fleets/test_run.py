@@ -79,6 +79,9 @@ def test_tasks(place: Path) -> None:
     assert registry.find("moods@prod").label == found["moods"].version == "moods:1"
     assert registry.find("chat").scores == found["chat"].scores["own"]  # type: ignore[index]
     verify(registry)
+    weights = registry.find("moods").files["adapter_model.safetensors"]
+    kept = place / "tasks" / "adapters" / "moods" / "adapter_model.safetensors"
+    assert kept.samefile(place / "tasks" / "registry" / "blobs" / weights)  # on the disk once
     report = (place / "tasks" / "report.html").read_text()
     assert "3 adapters: 2 passed, 1 left out" in report and "broken.jsonl:2" in report and "<svg" in report
     assert json.loads((place / "tasks" / "fleet.json").read_text())["model"] == result.model
@@ -192,6 +195,17 @@ def test_an_interrupted_fleet_goes_on_as_if_it_had_not_stopped(place: Path, monk
     for name in ("moods", "chat"):
         files = [place / run / "adapters" / name / "adapter_model.safetensors" for run in ("whole", "stopped")]
         assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_what_is_trained_again_is_judged_again(place: Path) -> None:
+    knobs = settings(place, "back", tasks=tasks(place), save_steps=1, save_total_limit=9, gate={"not_worse_than": []})
+    fleet(knobs)
+    judged = place / "back" / "adapters" / "moods" / "judged.json"
+    told = json.loads(judged.read_text())
+    judged.write_text(json.dumps(told | {"result": told["result"] | {"status": "rejected"}}))
+    for start, status in ((True, "rejected"), (str(place / "back" / "checkpoint-1"), "passed")):
+        assert by_name(fleet(knobs, resume_from_checkpoint=start))["moods"].status == status
+    verify(Registry(str(place / "back" / "registry")))
 
 
 def test_a_nan_stops_its_adapter_alone(place: Path) -> None:

@@ -53,7 +53,8 @@ def test_a_lookup_is_the_linear_map_of_one_hot_rows() -> None:
         torch.manual_seed(1)
         lora = LoraLinear(layer, num_slots=2, r=3, router=router)
         for slot, rank in ((0, 3), (1, 2)):
-            for part in lora.fill(slot, rank, 0.5 + slot, 0.0):
+            lora.fill(slot, rank, 0.5 + slot, 0.0)
+            for part in lora.factors(slot):
                 part.copy_(torch.randn(part.shape))
         with router.using(Routing((1, -1, 0), (2, 1, 3))):
             y = lora(x)

@@ -1,5 +1,6 @@
 """Adapters are kept as they were, found by name, and moved by alias; what cannot be is refused and changes nothing."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,19 @@ def test_files_in_common_are_kept_once(registry: Registry, tmp_path: Path) -> No
     before = bytes_of(registry)
     second = registry.add(adapter_folder(tmp_path / "b", seed=2), "b")
     assert bytes_of(registry) - before < second.size - len(TOKENIZER)
+
+
+def test_a_folder_shares_its_files_with_the_registry(registry: Registry, tmp_path: Path) -> None:
+    folder = adapter_folder(tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    version = registry.add(folder, "reviews")
+    registry.share(version, folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    for name, digest in version.files.items():
+        assert (folder / name).samefile(tmp_path / "registry" / "blobs" / digest)
+    registry.share(version, folder)  # a second time changes nothing
+    shutil.rmtree(folder)
+    verify(registry)
 
 
 def test_versions_are_numbered_and_found(registry: Registry, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def write_with_manifest(
     Raises:
         AdapterError: The disk is full or fails.
     """
-    hashes = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
+    hashes = {name: _sha256(data) for name, data in contents.items()}
     manifest = json_bytes({"format": _FORMAT, "sha256": hashes, "metadata": dict(metadata)})
     try:
         write_files(folder, {**contents, MANIFEST: manifest})
@@ -65,11 +66,17 @@ def read_tensors(folder: Path, name: str, config: str) -> tuple[dict[str, Tensor
         AdapterError: A file is missing, damaged, changed since it was written, or a link out of the folder.
     """
     data = read_file(folder, name)
-    metadata = _verified_metadata(folder, {config: read_file(folder, config, _MAX_JSON_BYTES), name: data})
-    try:
-        return load(data), metadata
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise AdapterError(f"{folder / name} is damaged: {error}; copy or download it again") from error
+    with ThreadPoolExecutor(1) as beside:  # hashing takes as long as all the rest, and lets other threads run
+        digest = beside.submit(_sha256, data)
+        try:
+            tensors, fault = load(data), None
+        except (SafetensorError, ValueError, KeyError) as error:
+            tensors, fault = {}, error
+        hashes = {config: _sha256(read_file(folder, config, _MAX_JSON_BYTES)), name: digest.result()}
+    metadata = _verified_metadata(folder, hashes)
+    if fault is not None:
+        raise AdapterError(f"{folder / name} is damaged: {fault}; copy or download it again") from fault
+    return tensors, metadata
 
 
 def read_file(folder: Path, name: str, limit: int | None = None) -> bytes:
@@ -100,8 +107,12 @@ def _root(folder: Path) -> Path:
     return repository if in_cache else real
 
 
-def _verified_metadata(folder: Path, contents: Mapping[str, bytes]) -> dict[str, Any]:
-    """What ``lorafleet.json`` records, after the hashes in it were compared; empty where there is none."""
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _verified_metadata(folder: Path, found: Mapping[str, str]) -> dict[str, Any]:
+    """What ``lorafleet.json`` records, after its hashes were compared with those found; empty where there is none."""
     if not (folder / MANIFEST).exists():
         return {}
     try:
@@ -111,7 +122,7 @@ def _verified_metadata(folder: Path, contents: Mapping[str, bytes]) -> dict[str,
         raise AdapterError(f"{folder / MANIFEST} is damaged: {type(error).__name__}: {error}") from error
     if form != _FORMAT:
         raise AdapterError(f"{folder / MANIFEST} has format {form!r}; this release reads format {_FORMAT}")
-    changed = [n for n, data in contents.items() if hashes.get(n) != hashlib.sha256(data).hexdigest()]
+    changed = [name for name, digest in found.items() if hashes.get(name) != digest]
     faults = [f"{folder / name} is not the file that was saved: its SHA-256 differs" for name in changed]
     if faults:
         faults[-1] += f"; restore it, or delete {MANIFEST} if the change was meant"

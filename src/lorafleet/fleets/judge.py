@@ -108,6 +108,7 @@ class Judge:
         parent = self.versions.get(self.candidates.first or "")  # judged before those that started from it
         why = "; ".join(reasons) or None
         version = self.registry.add(member.folder, member.plan.name, scores=scores, parent=parent, rejected=why)
+        self.registry.share(version, member.folder)
         if why is None:
             self.registry.promote(version.label, self.plan.fleet.alias)
         return version.label

@@ -1,6 +1,7 @@
 """The adapters of a fleet as candidates of one population: who waits, who trains, what became of each."""
 
 import logging
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,6 +118,8 @@ class FleetCandidates:
             config = self.bank.configs[member.slot]
             assert config is not None
             method = Method("lora", "lora", config, member.config)
+            # Of an earlier end, after which the run went back: its files may be the registry's too.
+            shutil.rmtree(one.folder, ignore_errors=True)
             write_trained(one.folder, self.base, member, method, one.data, one.plan.data, {})
 
     def state(self) -> dict[str, Any]:

@@ -177,9 +177,9 @@ class LoraBank:
         layer = self._layer(path, width)
         layer.grow(self.num_slots, width)
         scaling = config.scaling(rank, pattern_value(config.alpha_pattern, path, config.lora_alpha))
-        start = layer.fill(slot, rank, scaling, config.lora_dropout)
+        layer.fill(slot, rank, scaling, config.lora_dropout)
         if seed is not None or config.takes_off_start:
-            fresh = Fresh(*start, layer.oriented_weight, scaling, generator_for(seed or 0, path))
+            fresh = Fresh(*layer.factors(slot), layer.oriented_weight, scaling, generator_for(seed or 0, path))
             start_layer = lookup if layer.embeds and not config.takes_off_start else STARTS[config.init_lora_weights]
             start_layer(fresh)
         if config.takes_off_start:
@@ -274,6 +274,12 @@ class LoraBank:
                     found[f"{PREFIX}{path}.{name}"] = (tensor, None)
         return found
 
+    def _bases_own(self, name: str) -> Tensor | None:
+        """The base's tensor that PEFT writes beside the A and B of an embedding or of the output head, by its name."""
+        path, _, own = name.removeprefix(PREFIX).rpartition(".base_layer.")
+        layer = self.layers.get(path) if own in ("weight", "bias") else None
+        return None if layer is None else cast("Tensor | None", getattr(layer, own))
+
     def state_dict(self, slot: int) -> dict[str, Tensor]:
         """Copies of the slot's tensors under PEFT's names: A ``(r, in)``, B ``(out, r)``, whole modules, biases."""
         return {
@@ -288,25 +294,19 @@ class LoraBank:
             AdapterError: Tensors are missing, surplus or of the wrong shape; the message lists all of them.
         """
         views = self._file_tensors(slot)
-        # PEFT writes the base's own tensors beside the A and B of an embedding or of the output head.
-        own = {
-            f"{PREFIX}{path}.base_layer.{name}": tensor
-            for path, layer in self.layers.items()
-            for name, tensor in (("weight", layer.weight), ("bias", layer.bias))
-            if tensor is not None
-        }
-        brought = {name: tensor for name, tensor in tensors.items() if name in own and name not in views}
+        brought = {name: self._bases_own(name) for name in tensors if name not in views}
         faults = [
             f"{name} differs from the base's, which the adapter needs as it was: name the base it was trained on"
-            for name, tensor in brought.items()
-            if not _equal(own[name], tensor)
+            for name, own in brought.items()
+            if own is not None and not _equal(own, tensors[name])
         ]
-        rest = {name: tensor for name, tensor in tensors.items() if name not in brought}
+        rest = {name: tensor for name, tensor in tensors.items() if brought.get(name) is None}
         faults += shape_faults({name: view for name, (view, _) in views.items()}, rest)
         raise_all(AdapterError, faults, "the adapter does not fit this model")
         for name, (view, base) in views.items():
-            value = tensors[name].to(device=view.device, dtype=view.dtype)
-            view.copy_(value if base is None else value - base.to(view.dtype))
+            view.copy_(tensors[name])
+            if base is not None:
+                view -= base.to(view.dtype)
 
     def load(self, slot: int, config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:
         """Put an adapter that was read from a file into a free slot.

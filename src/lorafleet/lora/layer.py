@@ -70,6 +70,7 @@ class LoraLinear(nn.Module):
             )
         self.base_layer = base_layer.requires_grad_(False)
         self.in_features, self.out_features = linear_shape(base_layer)
+        self.embeds = isinstance(base_layer, nn.Embedding)  # takes ids instead of features
         self.router = router or Router()
         self.key = key
         self.ranks, self.scalings, self.dropouts = [0] * num_slots, [0.0] * num_slots, [0.0] * num_slots
@@ -103,11 +104,6 @@ class LoraLinear(nn.Module):
         """The base's bias ``(out,)``, or none."""
         return cast("Tensor | None", getattr(self.base_layer, "bias", None))
 
-    @property
-    def embeds(self) -> bool:
-        """Whether the layer takes ids instead of features."""
-        return isinstance(self.base_layer, nn.Embedding)
-
     def grow(self, num_slots: int, r: int) -> None:
         """Make room for more slots or a larger rank; what the slots hold is kept, the parameters are new objects."""
         old_slots, old_r, _ = self.lora_A.shape
@@ -137,11 +133,15 @@ class LoraLinear(nn.Module):
         self.trains_bias += [False] * missing
         self.learns_magnitude += [False] * missing
 
-    def fill(self, slot: int, rank: int, scaling: float, dropout: float) -> tuple[Tensor, Tensor]:
-        """Give a slot its rank, scale and dropout; return its A ``(r, in)`` and Bᵀ ``(r, out)``, to be started."""
+    def fill(self, slot: int, rank: int, scaling: float, dropout: float) -> None:
+        """Give a slot its rank, scale and dropout."""
         self.router.version += 1
         self.ranks[slot] = self.trained_ranks[slot] = rank
         self.scalings[slot], self.dropouts[slot] = scaling, 0.0 if self.embeds else dropout
+
+    def factors(self, slot: int) -> tuple[Tensor, Tensor]:
+        """The slot's A ``(r, in)`` and Bᵀ ``(r, out)``, to be changed in place."""
+        rank = self.trained_ranks[slot]
         return self.lora_A.detach()[slot, :rank], self.lora_B.detach()[slot, :rank]
 
     def take_off_start(self, slot: int) -> None:

@@ -1,7 +1,9 @@
 """The registry's files, each named by the SHA-256 of its bytes: equal files are one, and none ever changes."""
 
 import hashlib
+import logging
 import os
+import secrets
 import shutil
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,6 +11,8 @@ from typing import Any, Protocol
 from lorafleet.errors import ConfigError, RegistryError
 from lorafleet.files.atomic import write_bytes, write_new_file
 from lorafleet.models.digest import sha256_file
+
+logger = logging.getLogger(__name__)
 
 FOLDER = "blobs"
 
@@ -77,6 +81,17 @@ class LocalBlobs:
             os.link(source, path)
         except OSError:
             shutil.copyfile(source, path)
+
+    def share(self, digest: str, path: Path) -> None:
+        """Make a local file of a blob's bytes a second name of it; it stays a copy where the file system has none."""
+        beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        try:
+            os.link(self.folder / digest, beside)
+            beside.replace(path)
+        except OSError as error:
+            logger.debug("%s stays a copy: %s", path, error)
+        finally:
+            beside.unlink(missing_ok=True)  # a rename onto another name of the same file leaves both
 
     def sizes(self) -> dict[str, int]:
         """The bytes of every file, those of writers that were killed included, under their names."""

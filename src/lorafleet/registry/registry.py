@@ -157,6 +157,12 @@ class Registry:
             shutil.rmtree(partial, ignore_errors=True)
         return final
 
+    def share(self, version: Version, folder: Path) -> None:
+        """Let a version's files and those of the folder it was added from be the same on disk, where that can be."""
+        if isinstance(self.blobs, LocalBlobs):
+            for path, digest in version.files.items():
+                self.blobs.share(digest, folder / path)
+
     def promote(self, reference: str, alias: str = PROD, *, expect: int | Literal["any"] | None = "any") -> Move:
         """Point an alias at a version, if it points where it is expected to.
 
