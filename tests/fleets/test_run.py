@@ -97,6 +97,16 @@ def test_tasks(place: Path) -> None:
     assert found["chat"].scores["own"]["loss"] == pytest.approx(alone.eval_loss, rel=1e-4)
 
 
+def test_a_sorted_file_is_measured_on_all_its_labels(place: Path) -> None:
+    rows = [{"text": f"the day {i}", "label": "good" if i < 20 else "bad"} for i in range(40)]
+    (place / "sorted").mkdir()
+    for name in ("train", "test"):
+        write(place / "sorted" / f"{name}.jsonl", rows)
+    tasks = {"moods": {"data": str(place / "sorted")}}
+    scores = fleet(settings(place, "measured", tasks=tasks, keep=False, max_eval_rows=10)).members[0].scores
+    assert scores is not None and 0 < scores["majority"]["accuracy"] < 1
+
+
 def test_a_gate_that_is_not_passed(place: Path) -> None:
     one = {"moods": tasks(place)["moods"] | {"gate": {"at_most": {"loss": 0.01}}}}
     registry = str(place / "shared-registry")

@@ -15,14 +15,12 @@ import math
 import multiprocessing
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import cache
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from lorafleet.comparison.quality import quality_intervals
 from lorafleet.comparison.rates import find_rate, train_briefly
@@ -34,7 +32,7 @@ from lorafleet.config.model import ModelConfig
 from lorafleet.config.training import RunConfig, TrainingConfig, ValidationConfig
 from lorafleet.config.use import GenerationConfig
 from lorafleet.data.load import load_data
-from lorafleet.data.store import TokenRow
+from lorafleet.data.store import sample
 from lorafleet.errors import Interrupted, LorafleetError, TrainingError
 from lorafleet.evaluation.measure import measure, references_of, short_answer
 from lorafleet.evaluation.token_loss import LossModel, mean_loss, row_losses
@@ -224,12 +222,6 @@ def _load(model: ModelConfig, trained: Mapping[str, Any]) -> tuple[Adapted, floa
         slots = restore(base.model, saved)
         adapted = Adapted(with_template(base, None, Path(trained["adapter"])), slots, saved)
     return adapted, time.perf_counter() - begin
-
-
-def sample(rows: Sequence[TokenRow], count: int) -> list[TokenRow]:
-    """So many rows of a file that may be sorted; fewer of them are among more of them, and no method has others."""
-    chosen = np.random.default_rng(0).permutation(len(rows))[:count]
-    return [rows[int(i)] for i in sorted(chosen)]
 
 
 def _bytes(folder: Path) -> int:

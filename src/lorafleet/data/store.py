@@ -119,6 +119,12 @@ class TokenRows(Sequence[TokenRow]):
         return [values[i] for i in self.selection.tolist()]
 
 
+def sample(rows: Sequence[TokenRow], count: int) -> list[TokenRow]:
+    """So many rows of a file that may be sorted, always the same ones; fewer of them are among more of them."""
+    chosen = np.random.default_rng(0).permutation(len(rows))[:count]
+    return [rows[int(i)] for i in sorted(chosen)]
+
+
 class RowWriter:
     """Writes tokenized rows into an Arrow file, batch by batch; a context manager.
 

@@ -8,7 +8,7 @@ from typing import Any
 from lorafleet.comparison.jobs import GENERAL
 from lorafleet.config.data import DataConfig
 from lorafleet.data.load import Data, load_data
-from lorafleet.data.store import TokenRow
+from lorafleet.data.store import TokenRow, sample
 from lorafleet.errors import AdapterError
 from lorafleet.evaluation.measure import measure
 from lorafleet.evaluation.metrics import majority
@@ -74,8 +74,7 @@ class Rivals:
         rivals |= {"prod": _PROD} if prod is not None else {}
         measured = {who: self._measure(slot, member.data, rows) for who, slot in rivals.items()}
         if keyed is not None and _KEYED in self.shared:
-            test = keyed.splits["test"]
-            measured["shared keyed"] = self._measure(_KEYED, keyed, [test[i] for i in range(len(rows))])
+            measured["shared keyed"] = self._measure(_KEYED, keyed, sample(keyed.splits["test"], len(rows)))
         if prod is not None:
             self.bank.remove(_PROD)
         scores = {who: metrics for who, (metrics, _) in measured.items()}

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lorafleet.data.load import Data, load_data
-from lorafleet.data.store import TokenRow
+from lorafleet.data.store import TokenRow, sample
 from lorafleet.errors import ConfigError, DataError
 from lorafleet.files.adapter import load_adapter
 from lorafleet.fleets.plan import MemberPlan
@@ -43,8 +43,7 @@ class FleetMember:
 
     def held_out(self, most: int) -> list[TokenRow]:
         """The rows it is measured on."""
-        rows = self.data.splits[self.measured_on]
-        return [rows[i] for i in range(min(len(rows), most))]
+        return sample(self.data.splits[self.measured_on], most)
 
 
 def load_members(

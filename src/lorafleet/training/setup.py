@@ -9,7 +9,7 @@ from lorafleet.config.data import DataConfig
 from lorafleet.config.model import ModelConfig
 from lorafleet.config.training import RunConfig, TrainingConfig
 from lorafleet.data.load import Data
-from lorafleet.data.store import TokenRow
+from lorafleet.data.store import TokenRow, sample
 from lorafleet.errors import ConfigError
 from lorafleet.models.load import Base
 from lorafleet.models.machine import keep_large_allocations
@@ -45,9 +45,8 @@ def prepare_machine(run: RunConfig) -> None:
 
 
 def held_out_rows(data: Data, run: RunConfig) -> list[TokenRow]:
-    """The first held-out rows, as many as evaluation uses."""
-    rows = data.splits.get("valid")
-    return [rows[i] for i in range(min(len(rows), run.max_eval_rows))] if rows is not None else []
+    """As many held-out rows as evaluation uses."""
+    return sample(data.splits.get("valid", ()), run.max_eval_rows)
 
 
 def run_identity(
