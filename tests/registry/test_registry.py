@@ -65,6 +65,21 @@ def test_a_folder_shares_its_files_with_the_registry(registry: Registry, tmp_pat
     verify(registry)
 
 
+def test_a_folder_stays_a_copy_where_files_have_one_name(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("no second names here")
+
+    folder = adapter_folder(tmp_path / "run")
+    version = registry.add(folder, "reviews")
+    before = sorted(path.name for path in folder.iterdir())
+    monkeypatch.setattr("os.link", refuse)
+    registry.share(version, folder)
+    assert sorted(path.name for path in folder.iterdir()) == before
+    assert load_adapter(folder).tensors.keys() == load_adapter(registry.folder(version)).tensors.keys()
+
+
 def test_versions_are_numbered_and_found(registry: Registry, tmp_path: Path) -> None:
     for seed in range(3):
         registry.add(adapter_folder(tmp_path / str(seed), seed), "reviews")

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from lorafleet.config.lora import LoraConfig
-from lorafleet.lora.targets import in_saved, pattern_value
-
-PREFIX = "base_model.model."
+from lorafleet.lora.targets import PREFIX, in_saved, pattern_value
 
 _FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<embedding>embedding_)?[AB](?(embedding)|\.weight)")
 _MAGNITUDE = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_magnitude_vector")

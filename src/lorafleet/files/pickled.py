@@ -16,9 +16,9 @@ from lorafleet.config.load import load_sections
 from lorafleet.config.use import ConvertConfig
 from lorafleet.errors import AdapterError, ConfigError, raise_all
 from lorafleet.files.adapter import CONFIG, save_adapter
-from lorafleet.files.adapter_tensors import PREFIX
 from lorafleet.files.manifest import read_json
 from lorafleet.files.peft_config import from_peft
+from lorafleet.lora.targets import PREFIX
 from lorafleet.models.digest import sha256_file
 
 _LIMIT_SECONDS = 600

@@ -8,18 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from lorafleet.config.lora import LoraConfig
-from lorafleet.errors import AdapterError, RoutingError, raise_all
+from lorafleet.errors import AdapterError, RoutingError
 from lorafleet.lora.init import STARTS, Fresh, generator_for, lookup, path_key
 from lorafleet.lora.layer import LoraLinear
 from lorafleet.lora.packed import mapped_files, page_out
 from lorafleet.lora.routing import Router, Routing
 from lorafleet.lora.saved import SlotBias, SlotModule
 from lorafleet.lora.shared_input import share_inputs
-from lorafleet.lora.slots import SlotParameter, shape_faults
+from lorafleet.lora.slot_tensors import file_tensors, fill, trained_parameters
+from lorafleet.lora.slots import SlotParameter
 from lorafleet.lora.targets import find_saved, find_targets, pattern_value
-
-PREFIX = "base_model.model."
-"""What PEFT puts before a module's path in an adapter's file."""
 
 
 class LoraBank:
@@ -229,62 +227,15 @@ class LoraBank:
     def slot_parameters(self, slot: int) -> dict[str, SlotParameter]:
         """What training may change for this slot, by a stable name; ``value`` and ``grad`` are views (of Bᵀ for B)."""
         self._filled(slot)
-        found: dict[str, SlotParameter] = {}
-        for path, layer in self.layers.items():
-            if layer.ranks[slot]:
-                part = (slot, slice(layer.trained_ranks[slot]))
-                name_A, name_B = (name.removesuffix(".weight") for name in _names(layer))
-                found[f"{path}.{name_A}"] = SlotParameter(layer.lora_A, part)
-                found[f"{path}.{name_B}"] = SlotParameter(layer.lora_B, part)
-            if layer.lora_magnitude is not None and layer.learns_magnitude[slot]:
-                found[f"{path}.lora_magnitude"] = SlotParameter(layer.lora_magnitude, (slot,))
-            if layer.lora_bias is not None and layer.trains_bias[slot]:
-                found[f"{path}.lora_bias"] = SlotParameter(layer.lora_bias, (slot,))
-        for path, extra in self.biases.items():
-            if slot in extra.slots:
-                found[f"{path}.lora_bias"] = SlotParameter(extra.change, (slot,))
-        for path, saved in self.saved.items():
-            if str(slot) in saved.copies:
-                for name, parameter in saved.copies[str(slot)].named_parameters():
-                    found[f"{path}.{name}"] = SlotParameter(parameter, None)
-        return dict(sorted(found.items()))
-
-    def _file_tensors(self, slot: int) -> dict[str, tuple[Tensor, Tensor | None]]:
-        """The slot's tensors under PEFT's names: a view, and the base tensor that the file's value includes."""
-        self._filled(slot)
-        found: dict[str, tuple[Tensor, Tensor | None]] = {}
-        for path, layer in self.layers.items():
-            rank = layer.ranks[slot]
-            if rank:
-                name_A, name_B = _names(layer)
-                found[f"{PREFIX}{path}.{name_A}"] = (layer.lora_A.detach()[slot, :rank], None)
-                found[f"{PREFIX}{path}.{name_B}"] = (layer.lora_B.detach()[slot, :rank].T, None)
-            if layer.lora_magnitude is not None and layer.learns_magnitude[slot]:
-                found[f"{PREFIX}{path}.lora_magnitude_vector"] = (layer.lora_magnitude.detach()[slot], None)
-            if layer.lora_bias is not None and layer.trains_bias[slot]:
-                # A layer that this slot does not adapt is no LoRA layer in PEFT's eyes: its bias keeps its own name.
-                name = "base_layer.bias" if rank else "bias"
-                found[f"{PREFIX}{path}.{name}"] = (layer.lora_bias.data[slot], layer.bias)
-        for path, extra in self.biases.items():
-            if slot in extra.slots:
-                found[f"{PREFIX}{path}.bias"] = (extra.change.data[slot], extra.bias)
-        for path, saved in self.saved.items():
-            if str(slot) in saved.copies:
-                for name, tensor in saved.copies[str(slot)].state_dict().items():
-                    found[f"{PREFIX}{path}.{name}"] = (tensor, None)
-        return found
-
-    def _bases_own(self, name: str) -> Tensor | None:
-        """The base's tensor that PEFT writes beside the A and B of an embedding or of the output head, by its name."""
-        path, _, own = name.removeprefix(PREFIX).rpartition(".base_layer.")
-        layer = self.layers.get(path) if own in ("weight", "bias") else None
-        return None if layer is None else cast("Tensor | None", getattr(layer, own))
+        return trained_parameters(self.layers, self.biases, self.saved, slot)
 
     def state_dict(self, slot: int) -> dict[str, Tensor]:
         """Copies of the slot's tensors under PEFT's names: A ``(r, in)``, B ``(out, r)``, whole modules, biases."""
+        self._filled(slot)
+        found = file_tensors(self.layers, self.biases, self.saved, slot)
         return {
             name: (view if base is None else base.to(view.dtype) + view).clone(memory_format=torch.contiguous_format)
-            for name, (view, base) in self._file_tensors(slot).items()
+            for name, (view, base) in found.items()
         }
 
     def load_state_dict(self, slot: int, tensors: Mapping[str, Tensor]) -> None:
@@ -293,20 +244,8 @@ class LoraBank:
         Raises:
             AdapterError: Tensors are missing, surplus or of the wrong shape; the message lists all of them.
         """
-        views = self._file_tensors(slot)
-        brought = {name: self._bases_own(name) for name in tensors if name not in views}
-        faults = [
-            f"{name} differs from the base's, which the adapter needs as it was: name the base it was trained on"
-            for name, own in brought.items()
-            if own is not None and not _equal(own, tensors[name])
-        ]
-        rest = {name: tensor for name, tensor in tensors.items() if brought.get(name) is None}
-        faults += shape_faults({name: view for name, (view, _) in views.items()}, rest)
-        raise_all(AdapterError, faults, "the adapter does not fit this model")
-        for name, (view, base) in views.items():
-            view.copy_(tensors[name])
-            if base is not None:
-                view -= base.to(view.dtype)
+        self._filled(slot)
+        fill(file_tensors(self.layers, self.biases, self.saved, slot), tensors, self.layers)
 
     def load(self, slot: int, config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:
         """Put an adapter that was read from a file into a free slot.
@@ -440,16 +379,3 @@ class LoraBank:
         for layer in self.layers.values():
             layer.unmerge()
         self.router.merged_slot = None
-
-
-def _names(layer: LoraLinear) -> tuple[str, str]:
-    """What PEFT calls a layer's A and B."""
-    return ("lora_embedding_A", "lora_embedding_B") if layer.embeds else ("lora_A.weight", "lora_B.weight")
-
-
-def _equal(weight: Tensor, tensor: Tensor) -> bool:
-    """Whether a tensor is what the base has, in the precision of one of them."""
-    if weight.shape != tensor.shape or weight.is_meta:
-        return weight.shape == tensor.shape
-    weight = weight.cpu()
-    return torch.equal(weight.to(tensor.dtype), tensor) or torch.equal(weight, tensor.to(weight.dtype))

@@ -11,6 +11,9 @@ from transformers.pytorch_utils import Conv1D
 from lorafleet.config.lora import LoraConfig
 from lorafleet.errors import AdapterError, ConfigError, did_you_mean, raise_all
 
+PREFIX = "base_model.model."
+"""What PEFT puts before a module's path in an adapter's file."""
+
 SHORTHANDS = ("all-linear", "attention", "mlp")
 
 
