@@ -9,6 +9,10 @@ def document(title: str, body: str, style: str = "") -> str:
     return _PAGE.replace("@title@", escape(title)).replace("@style@", style).replace("@body@", body)
 
 
+_SHORT = 12
+"""Characters of a cell that stays on one line: a figure with its unit."""
+
+
 def html_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, best: int | None, wide: int) -> str:
     """A table that becomes a list on a narrow screen.
 
@@ -23,7 +27,8 @@ def html_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, best: int 
     for number, row in enumerate(rows):
         cells = ""
         for column, (name, cell) in enumerate(zip(head, row, strict=True)):
-            cells += f'<td{" class=wide" if column == wide else ""} data-name="{escape(name)}">{escape(cell)}</td>'
+            kind = " class=wide" if column == wide else " class=short" if len(cell) <= _SHORT else ""
+            cells += f'<td{kind} data-name="{escape(name)}">{escape(cell)}</td>'
         body += f"<tr{' class=best' if number == best else ''}>{cells}</tr>"
     return f"<table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table>"
 
@@ -48,7 +53,7 @@ figure { margin: 0; } svg { width: 44rem; max-width: 100%; height: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 0.9rem; }
 th, td { text-align: left; padding: 0.35rem 0.6rem; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { overflow-wrap: normal; }
-td.wide { min-width: 14rem; }
+td.wide { min-width: 14rem; } td.short { white-space: nowrap; }
 tr.best { background: #fff7ed; } tr.best td { font-weight: 600; }
 pre { background: #f8fafc; border: 1px solid var(--line); padding: 0.75rem; font-size: 0.85rem; white-space: pre-wrap; }
 @style@

@@ -7,7 +7,7 @@ from pathlib import Path
 from lorafleet.evaluation.metrics import in_figures, in_words
 from lorafleet.files.atomic import write_text
 from lorafleet.files.page import document, html_table, markdown_table
-from lorafleet.fleets.result import FleetResult, MemberResult
+from lorafleet.fleets.result import FleetResult, Interval, MemberResult
 from lorafleet.training.plot import as_svg, new_figure
 from lorafleet.training.report import clock
 
@@ -32,7 +32,7 @@ def conclusion(result: FleetResult) -> list[str]:
         metric = result.pooled_metric
         whom = {"majority": "each user's most frequent label", "base": "the base"}.get(who, f"the {who} adapter")
         what = "better than" if low > 0 else "worse than" if high < 0 else "within noise of"
-        figures = f"{_signed(metric, gain)} ({_signed(metric, low)} to {_signed(metric, high)})"
+        figures = _with_interval(metric, gain, (low, high))
         sentences.append(
             f"Over all users' held-out rows, own adapters are {what} {whom}: {in_words(metric)} {figures}."
         )
@@ -126,9 +126,7 @@ def _row(one: MemberResult, whom: Sequence[str]) -> list[str]:
     cells = [
         in_figures(one.metric, scores[who][one.metric]) if one.metric in scores.get(who, ()) else "" for who in whom
     ]
-    gain = "" if one.gain is None else _signed(one.metric, one.gain)
-    if one.interval:
-        gain += f" ({_signed(one.metric, one.interval[0])} to {_signed(one.metric, one.interval[1])})"
+    gain = "" if one.gain is None else _with_interval(one.metric, one.gain, one.interval)
     verdict = f"{one.status}{f', {one.version}' if one.version else ''}"
     why = f": {'; '.join(one.reasons)}" if one.reasons else ""
     rows = f"{one.trained_rows:,} + {one.measured_rows:,}" if one.trained_rows else ""
@@ -149,5 +147,8 @@ def _shown(one: MemberResult, value: float) -> float:
     return value if one.metric == "loss" else 100 * value
 
 
-def _signed(metric: str, value: float) -> str:
-    return f"{value:+.3f}" if metric == "loss" else f"{100 * value:+.1f} points"
+def _with_interval(metric: str, gain: float, interval: Interval | None) -> str:
+    """A gain with its unit, and where chance could put it."""
+    figures = [f"{value:+.3f}" if metric == "loss" else f"{100 * value:+.1f}" for value in (gain, *(interval or ()))]
+    unit = "" if metric == "loss" else " points"
+    return f"{figures[0]}{unit}" + (f" ({figures[1]} to {figures[2]})" if interval else "")
