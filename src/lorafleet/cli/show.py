@@ -320,7 +320,10 @@ def tune(result: "TuneResult") -> None:
             [
                 ("best", f"trial {result.best_trial}: {in_words(result.best_settings)}"),
                 ("adapter", result.best),
-                *((f"share of {name}", f"{part:.0%} of the differences") for name, part in result.importances.items()),
+                *(
+                    (f"share of {name}", f"{part:.0%} of what sets the best apart")
+                    for name, part in result.importances.items()
+                ),
                 ("trained together", f"up to {result.population_size}"),
                 (
                     "tokens",

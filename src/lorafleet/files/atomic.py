@@ -64,9 +64,9 @@ def save_tensors(
     write_bytes(path, tensor_bytes(tensors, metadata))
 
 
-def json_bytes(value: Any) -> bytes:
-    """``value`` as indented JSON in UTF-8, its keys in their order; NaN and infinity, which JSON lacks, as null."""
-    return (json.dumps(_finite(value), indent=2, ensure_ascii=False) + "\n").encode("utf-8", "replace")
+def json_bytes(value: Any, *, indent: int | None = 2) -> bytes:
+    """``value`` as JSON in UTF-8, its keys in their order; NaN and infinity, which JSON lacks, as null."""
+    return (json.dumps(_finite(value), indent=indent, ensure_ascii=False) + "\n").encode("utf-8", "replace")
 
 
 def tensor_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:

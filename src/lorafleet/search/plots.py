@@ -87,11 +87,11 @@ def front(trials: Sequence[Trial], objectives: Sequence[str], chosen: Sequence[i
 
 
 def importances(shares: Mapping[str, float]) -> str:
-    """How much of the differences each knob explains."""
+    """How much each knob has to do with being among the best."""
     ordered = sorted(shares.items(), key=lambda pair: pair[1])
     figure, axes = new_figure(0.9 + 0.4 * len(ordered))
     axes.barh([name for name, _ in ordered], [100 * share for _, share in ordered], color=WINNER)
-    axes.set(xlabel="share of the differences between complete trials (%)", xlim=(0, 100))
+    axes.set(xlabel="share in what sets the best trials apart (%)", xlim=(0, 100))
     return as_svg(figure)
 
 

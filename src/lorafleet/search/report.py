@@ -147,7 +147,8 @@ def page(result: TuneResult, metrics: Path) -> str:
     if result.front:
         pictures.insert(0, ("What to choose from", "", plots.front(trials, result.objectives, result.front)))
     if result.importances:
-        pictures.append(("What made the difference", "Optuna's PED-ANOVA.", plots.importances(result.importances)))
+        how = "Optuna's PED-ANOVA: which knobs set the best trials apart from all others, stopped ones included."
+        pictures.append(("What made the difference", how, plots.importances(result.importances)))
     pictures.append(
         ("Settings", "Dashed where a trial was stopped: its last value.", plots.parallel(trials, objective))
     )

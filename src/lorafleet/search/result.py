@@ -34,7 +34,7 @@ class TuneResult:
             being worse in another.
         trials: All trials, the best first: number, state, settings, values, metrics, the objective at each rung by
             tokens, tokens and seconds spent, and the trial whose outcome it shares where the settings mean the same.
-        importances: How much of the differences in the first objective each dimension explains.
+        importances: How much each dimension has to do with being among the best in the first objective, as shares.
         before: The base's measurements on the held-out rows.
         population_size: Trials that trained together.
         tokens: Tokens that all trials processed.
@@ -90,7 +90,7 @@ def write_results(worker: Worker, study: Study, extra: Mapping[str, Any]) -> Tun
         objectives=study.config.objectives,
         front=study.front if len(study.config.objectives) > 1 else [],
         trials=[_plain(record) for record in ranked],
-        importances=study.importances(),
+        importances=study.importances(places(ranked, study.config.objectives[0])),
         before=dict(extra["before"]),
         population_size=int(extra["population_size"]),
         tokens=sum(int(record.notes.get("tokens", 0)) for record in ranked),
@@ -104,17 +104,24 @@ def write_results(worker: Worker, study: Study, extra: Mapping[str, Any]) -> Tun
 
 def ranking(records: Sequence[Record], objective: str) -> list[Record]:
     """Complete trials, the best first; then stopped ones, by how far they came and how well; failed ones last."""
+    return sorted(records, key=lambda record: (_standing(record, objective), record.number))
+
+
+def places(ranked: Sequence[Record], objective: str) -> dict[int, int]:
+    """The place of each trial that has ended, 0 the best; equal trials share one."""
+    ended = [record for record in ranked if record.state not in ("waiting", "running")]
+    standings = list(dict.fromkeys(_standing(record, objective) for record in ended))
+    return {record.number: standings.index(_standing(record, objective)) for record in ended}
+
+
+def _standing(record: Record, objective: str) -> tuple[float, ...]:
     sign = -1 if DIRECTIONS[objective] == "maximize" else 1
-
-    def key(record: Record) -> tuple[Any, ...]:
-        if record.values is not None:
-            return (0, sign * record.values[0], record.number)
-        if record.reported:
-            last = max(record.reported)
-            return (1, -last, sign * record.reported[last], record.number)
-        return (2, record.number)
-
-    return sorted(records, key=key)
+    if record.values is not None:
+        return (0, sign * record.values[0])
+    if record.reported:
+        last = max(record.reported)
+        return (1, -last, sign * record.reported[last])
+    return (2,)
 
 
 def _plain(record: Record) -> dict[str, Any]:

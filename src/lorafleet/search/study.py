@@ -7,7 +7,6 @@ finds its own decisions again instead of taking new ones.
 
 import json
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -32,6 +31,8 @@ DEFAULT_TRIALS = 20
 _WRITES = 8
 _PATIENCE = 5.0
 """Seconds in which a study that another process is making has to grow."""
+_AMONG_BEST = 5
+"""Trials that PED-ANOVA should have among the best, by its documentation in Optuna."""
 
 
 @dataclass(frozen=True)
@@ -191,18 +192,27 @@ class Study:
         """Complete trials that no other one equals in all objectives and beats in one."""
         return [trial.number for trial in self._study.best_trials]
 
-    def importances(self) -> dict[str, float]:
-        """How much of the differences in the first objective each dimension explains; empty for too few trials."""
-        complete = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        if len(complete) < 4 or len({trial.values[0] for trial in complete}) < 2:
+    def importances(self, places: Mapping[int, int]) -> dict[str, float]:
+        """How much each dimension has to do with being among the best; empty where that cannot be said.
+
+        Optuna's PED-ANOVA (arXiv 2304.10255). Trials that were stopped early count too: among those that came to the
+        end, a knob by which all others were stopped has one value left and would seem to matter least.
+
+        Args:
+            places: The place of each trial that has ended, 0 the best; equal trials share one.
+        """
+        if len(places) < 4 or len({*places.values()}) < 2:
             return {}
-        evaluator = optuna.importance.PedAnovaImportanceEvaluator()
-        sign = 1 if DIRECTIONS[self.config.objectives[0]] == "minimize" else -1
-        target = None if len(self.config.objectives) == 1 else (lambda trial: sign * trial.values[0])
+        trials = self._study.get_trials(deepcopy=False)
+        ended = optuna.create_study(storage=optuna.storages.InMemoryStorage())
+        for number, place in places.items():
+            one = trials[number]
+            ended.add_trial(optuna.create_trial(params=one.params, distributions=one.distributions, value=float(place)))
+        best = min(0.5, max(0.1, _AMONG_BEST / len(places)))
+        evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=best)
         try:
-            with warnings.catch_warnings(action="ignore", category=UserWarning):  # says what the sign above is for
-                return dict(optuna.importance.get_param_importances(self._study, evaluator=evaluator, target=target))
-        except (ValueError, RuntimeError):  # no dimension that all complete trials share
+            return dict(optuna.importance.get_param_importances(ended, evaluator=evaluator))
+        except (ValueError, RuntimeError):  # no dimension that all trials share
             return {}
 
     # -- Optuna -------------------------------------------------------------------------------------------------------
