@@ -5,6 +5,8 @@ import logging
 import os
 import secrets
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -107,6 +109,8 @@ class LocalBlobs:
 class RemoteBlobs:
     """Files in an object store that fsspec reaches (``s3://``, ``gs://``, ``abfs://`` …), whose puts are whole or not.
 
+    Each method raises a :class:`RegistryError` where the store cannot be reached or refuses.
+
     Raises:
         ConfigError: fsspec does not know such a store, or its package is not installed.
     """
@@ -115,7 +119,8 @@ class RemoteBlobs:
         from fsspec.core import url_to_fs
 
         try:
-            self.store, root = url_to_fs(url)
+            # A listing that is kept hides what other processes put and delete.
+            self.store, root = url_to_fs(url, use_listings_cache=False)
         except (ValueError, ImportError) as error:
             raise ConfigError(f"registry = {url!r} cannot be opened: {error}") from error
         self.root = f"{root.rstrip('/')}/{FOLDER}"
@@ -123,22 +128,24 @@ class RemoteBlobs:
     def put(self, digest: str, data: bytes) -> None:
         """Upload a file that is not there yet, or not whole."""
         path = f"{self.root}/{digest}"
-        try:
+        with _told("write to", path):
             if not self.store.exists(path) or self.store.size(path) != len(data):
                 self.store.pipe_file(path, data)
-        except OSError as error:
-            raise RegistryError(f"cannot write to the registry, {path}: {error}") from error
 
     def has(self, digest: str) -> bool:
         """Whether a file is there."""
-        return bool(self.store.exists(f"{self.root}/{digest}"))
+        path = f"{self.root}/{digest}"
+        with _told("read", path):
+            return bool(self.store.exists(path))
 
     def read(self, digest: str) -> bytes:
         """A file's bytes."""
-        try:
-            data: bytes = self.store.cat_file(f"{self.root}/{digest}")
-        except OSError as error:
-            raise RegistryError(_missing(digest, str(error))) from error
+        path = f"{self.root}/{digest}"
+        with _told("read", path):
+            try:
+                data: bytes = self.store.cat_file(path)
+            except FileNotFoundError as error:
+                raise RegistryError(_missing(digest)) from error
         return _checked(data, digest)
 
     def place(self, digest: str, path: Path) -> None:
@@ -147,14 +154,28 @@ class RemoteBlobs:
 
     def sizes(self) -> dict[str, int]:
         """The bytes of every file."""
-        if not self.store.exists(self.root):
-            return {}
-        found: list[dict[str, Any]] = self.store.ls(self.root, detail=True, refresh=True)
+        with _told("list", self.root):
+            if not self.store.exists(self.root):
+                return {}
+            found: list[dict[str, Any]] = self.store.ls(self.root, detail=True)
         return {entry["name"].rpartition("/")[2]: int(entry["size"] or 0) for entry in found if entry["type"] == "file"}
 
     def delete(self, digest: str) -> None:
         """Remove a file."""
-        self.store.rm_file(f"{self.root}/{digest}")
+        path = f"{self.root}/{digest}"
+        with _told("delete from", path):
+            self.store.rm_file(path)
+
+
+@contextmanager
+def _told(what: str, path: str) -> Iterator[None]:
+    """What a store raises, as an error of the registry: each store's package has errors of its own kind."""
+    try:
+        yield
+    except RegistryError:
+        raise
+    except Exception as error:
+        raise RegistryError(f"cannot {what} the registry, {path}: {error or type(error).__name__}") from error
 
 
 def open_blobs(location: str) -> Blobs:
@@ -176,6 +197,5 @@ def _damaged(digest: str) -> str:
 
 
 def _missing(digest: str, reason: str | None = None) -> str:
-    return (
-        f"the registry's file {digest} is missing{f' ({reason})' if reason else ''}; add the adapter again to mend it"
-    )
+    why = f" ({reason})" if reason else ""
+    return f"the registry's file {digest} is missing{why}; add the adapter again to mend it"
