@@ -28,6 +28,7 @@ from lorafleet.config.model import ModelConfig
 from lorafleet.config.training import TrainingConfig
 from lorafleet.data.batches import Schedule
 from lorafleet.data.load import load_data
+from lorafleet.data.store import sample
 from lorafleet.errors import LorafleetError
 from lorafleet.models.load import load_tokenizer
 from lorafleet.models.source import find_source
@@ -83,7 +84,7 @@ def benchmark(
         raise BenchmarkError(f"{steps} steps of {size} rows are more than the {count} of one pass; lower --steps")
     job = {
         "model": find_source(config).path,
-        "eval_rows": [labelled(splits["valid"][i]) for i in range(min(eval_rows, len(splits["valid"])))],
+        "eval_rows": [labelled(row) for row in sample(splits["valid"], eval_rows)],
         "rates": rates,
         "steps": steps,
         "warmup_steps": warmup_steps(TrainingConfig(), steps),

@@ -29,6 +29,7 @@ from lorafleet.config.data import DataConfig
 from lorafleet.config.model import ModelConfig
 from lorafleet.config.training import TrainingConfig
 from lorafleet.data.load import load_data
+from lorafleet.data.store import sample
 from lorafleet.errors import LorafleetError
 from lorafleet.models.load import load_base
 from lorafleet.search.presets import PRESETS
@@ -121,16 +122,12 @@ def _warnings(seeds: int, others: float) -> list[str]:
 def _peer_job(data: str, model: str, peer_settings: int, steps: int, eval_rows: int, threads: int) -> dict[str, Any]:
     base = load_base(ModelConfig(model_name_or_path=model, device="cpu", dtype="float32"))
     splits = load_data(DataConfig(data=data), base.tokenizer).splits
-    rows = {
-        name: [labelled(splits[name][i]) for i in range(count)]
-        for name, count in (("train", 8 * steps), ("valid", eval_rows))
-    }
     training = TrainingConfig()
     places = np.linspace(0, len(GRID) - 1, peer_settings).round().astype(int)
     return {
         "model": base.source,
-        "rows": rows["train"],
-        "eval_rows": rows["valid"],
+        "rows": [labelled(splits["train"][i]) for i in range(8 * steps)],
+        "eval_rows": [labelled(row) for row in sample(splits["valid"], eval_rows)],
         "settings": [GRID[i] for i in places],
         "steps": steps,
         "learning_rate": training.learning_rate,
