@@ -153,7 +153,8 @@ def _lines(found: list[dict[str, Any]], users: int, timed: int) -> list[str]:
         f"({ratios[0]:.2f}-{ratios[-1]:.2f}) as the plain loop, which was timed on {timed} users",
         f"{ours['tokens'] / ours['steps']:.0f} tokens a step",
         f"disk of a user: {ours['weight_bytes'] / users:,.0f} bytes of weights and {ours['own_bytes'] / users:,.0f} "
-        f"beside them; {ours['common_bytes']:,} bytes are common to all; the loop keeps {each:,.0f} for each",
+        f"beside them in the registry; {ours['common_bytes']:,} bytes are common to all; the run's folder adds "
+        f"{ours['run_bytes'] / users:,.0f} (what was measured); the loop keeps {each:,.0f} for each",
         f"most memory: {ours['peak_memory_bytes'] / 1e9:.2f} GB, the loop {loop['peak_memory_bytes'] / 1e9:.2f} GB",
     ]
 

@@ -20,9 +20,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     sizes, uses = opened.blobs.sizes(), Counter(digest for one in kept for digest in set(one.files.values()))
     weights = sum(sizes[one.files[WEIGHTS]] for one in kept)
     common = sum(sizes[digest] for digest, count in uses.items() if count > 1)
-    places = [job["fleet"]["registry"], f"{job['fleet']['output_dir']}/adapters"]
-    files = [path.stat() for place in places for path in Path(place).rglob("*") if path.is_file()]
-    on_disk = sum({file.st_ino: file.st_size for file in files}.values())
+    in_registry = _files(job["fleet"]["registry"])
+    in_run = _files(f"{job['fleet']['output_dir']}/adapters")
     return {
         "seconds": result.train_seconds,
         "whole_seconds": result.seconds,
@@ -32,9 +31,16 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         "users": len(kept),
         "weight_bytes": weights,
         "common_bytes": common,
-        "own_bytes": on_disk - weights - common,
+        "own_bytes": sum(in_registry.values()) - weights - common,
+        "run_bytes": sum(size for inode, size in in_run.items() if inode not in in_registry),
         "peak_memory_bytes": peak_memory_bytes(),
     }
+
+
+def _files(folder: str) -> dict[int, int]:
+    """Bytes of every file by its inode: one with several names is there once."""
+    files = [path.stat() for path in Path(folder).rglob("*") if path.is_file()]
+    return {file.st_ino: file.st_size for file in files}
 
 
 if __name__ == "__main__":

@@ -141,7 +141,7 @@ def write_trained(
         "tokenizer_hash": base.tokenizer_hash,
         "data_hash": data.data_hash,
         "source_hash": data.source_hash,
-        "data": data_config.model_dump(mode="json"),
+        "data": data_config.model_dump(mode="json", exclude_none=True),
         "labels": list(data.labels),
         "steps": member.progress.step,
         "metrics": dict(metrics),
