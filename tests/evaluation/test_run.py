@@ -19,6 +19,7 @@ from lorafleet.evaluation.labels import label_log_probs
 from lorafleet.evaluation.measure import measure, prompt_of, references_of, short_answer
 from lorafleet.evaluation.metrics import mcnemar
 from lorafleet.evaluation.text_metrics import text_scores
+from lorafleet.evaluation.token_loss import LossModel
 from lorafleet.generation.adapted import Adapted, load_adapted
 from tests.generation.tiny_bank import saved_adapter
 from tests.tiny import tiny_base_folder
@@ -187,13 +188,14 @@ def test_exact_match_counts_right_answers(tmp_path: Path) -> None:
     )
     found: list[dict[str, Any]] = []
     measured = list(data.splits["train"])
-    measure(adapted.base, adapted.bank, 0, data, measured, batch_size=2, generation=settings, predictions=found)
+    loss_model = LossModel(adapted.base.model, adapted.bank, adapted.base.tokenizer.pad_token_id)
+    measure(adapted.base, loss_model, 0, data, measured, batch_size=2, generation=settings, predictions=found)
     rows[1]["completion"] = found[1]["text"] or "x"
     data = load_data(
         DataConfig(data=str(write_rows(tmp_path / "b.jsonl", rows)), valid_fraction=0), adapted.base.tokenizer
     )
     measured = list(data.splits["train"])
-    metrics = measure(adapted.base, adapted.bank, 0, data, measured, batch_size=2, generation=settings)
+    metrics = measure(adapted.base, loss_model, 0, data, measured, batch_size=2, generation=settings)
     assert metrics["exact_match"] == pytest.approx(1 / 3)
     wanted = text_scores([entry["text"] for entry in found], [[row.reference] for row in measured])
     assert {name: metrics[name] for name in ("bleu", "chrf", "rouge_l")} == wanted
@@ -235,8 +237,9 @@ def test_no_rows_is_an_error(tmp_path: Path) -> None:
     adapted = opened(adapter)
     rows = write_rows(tmp_path / "rows.jsonl", label_rows(3))
     data = load_data(DataConfig(data=str(rows), valid_fraction=0), adapted.base.tokenizer)
+    loss_model = LossModel(adapted.base.model, adapted.bank, adapted.base.tokenizer.pad_token_id)
     with pytest.raises(DataError, match="no rows"):
-        measure(adapted.base, adapted.bank, 0, data, [], batch_size=2)
+        measure(adapted.base, loss_model, 0, data, [], batch_size=2)
 
 
 def test_references_of_a_row() -> None:

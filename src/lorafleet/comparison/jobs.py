@@ -166,13 +166,14 @@ def use_method(job: Job, trained: Mapping[str, Any]) -> dict[str, Any]:
     generation = GenerationConfig() if asks or any(short_answer(row) is not None for row in rows) else None
     predictions: list[dict[str, Any]] = []
     size = run.per_device_eval_batch_size
+    loss_model = LossModel(base.model, slots, base.tokenizer.pad_token_id)
     found: dict[str, Any] = {
         "tested_rows": len(rows),
         "load_seconds": load_seconds,
         "rows": {},
         "storage_bytes": 0 if trained["method"] == "base" else _bytes(Path(trained["adapter"])),
         "quality": measure(
-            base, slots, slot, data, rows, batch_size=size, generation=generation, predictions=predictions
+            base, loss_model, slot, data, rows, batch_size=size, generation=generation, predictions=predictions
         ),
     }
     if not math.isfinite(found["quality"]["loss"]):
@@ -190,7 +191,6 @@ def use_method(job: Job, trained: Mapping[str, Any]) -> dict[str, Any]:
     found["intervals"] = quality_intervals(found["rows"])
     other = DataConfig(data=GENERAL, max_length=data_config.max_length, chat_template=data_config.chat_template)
     general = list(load_data(other, base.tokenizer).splits["test"])
-    loss_model = LossModel(base.model, slots, base.tokenizer.pad_token_id)
     some = {"general": general}
     if trained["method"] != "base":
         some["train"] = sample(data.splits["train"], len(rows))

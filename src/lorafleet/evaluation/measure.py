@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 def measure(
     base: Base,
-    bank: Slots | None,
+    loss_model: LossModel,
     slot: int,
     data: Data,
     rows: Sequence[TokenRow],
@@ -35,7 +35,7 @@ def measure(
 
     Args:
         base: The model and its tokenizer.
-        bank: Its slots, or none.
+        loss_model: The same model with its slots, if it has any.
         slot: Which slot; -1 measures the base.
         data: The task and, for label rows, the labels and their tokens.
         rows: What to measure on.
@@ -54,7 +54,8 @@ def measure(
     if not rows:
         raise DataError("there are no rows to measure on")
     found: list[dict[str, Any]] = [{} for _ in rows]
-    losses = row_losses(LossModel(base.model, bank, base.tokenizer.pad_token_id), rows, slot, batch_size)
+    bank = loss_model.bank
+    losses = row_losses(loss_model, rows, slot, batch_size)
     for entry, (loss, count) in zip(found, losses, strict=True):
         entry |= {"loss_sum": loss, "loss_tokens": count}
     metrics = loss_metrics(mean_loss(losses))

@@ -19,6 +19,7 @@ from lorafleet.data.store import TokenRow
 from lorafleet.errors import ConfigError, DataError
 from lorafleet.evaluation.measure import measure, prompt_of, references_of, short_answer
 from lorafleet.evaluation.metrics import majority, mcnemar
+from lorafleet.evaluation.token_loss import LossModel
 from lorafleet.files.adapter import Adapter
 from lorafleet.files.atomic import write_text
 from lorafleet.files.method import SavedMethod
@@ -105,12 +106,13 @@ def evaluate(config: Mapping[str, Any] | str | Path | None = None, /, **knobs: A
         subjects["adapter"] = adapted.slot
     metrics: dict[str, dict[str, float]] = {}
     found: dict[str, list[dict[str, Any]]] = {}
+    loss_model = LossModel(adapted.base.model, adapted.bank, adapted.base.tokenizer.pad_token_id)
     for name, slot in subjects.items():
         logger.info("measuring the %s on %d rows of %s", name, len(rows), split)
         found[name] = []
         metrics[name] = measure(
             adapted.base,
-            adapted.bank,
+            loss_model,
             slot,
             data,
             rows,

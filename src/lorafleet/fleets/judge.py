@@ -9,6 +9,7 @@ from pathlib import Path
 from lorafleet.comparison.quality import difference
 from lorafleet.config.fleet import GateConfig
 from lorafleet.data.load import Data, load_data
+from lorafleet.evaluation.token_loss import LossModel
 from lorafleet.files.adapter import WEIGHTS, load_adapter
 from lorafleet.files.adapter_tensors import adapted_modules
 from lorafleet.files.atomic import json_bytes, write_bytes
@@ -32,19 +33,26 @@ class Judge:
     Args:
         plan: The fleet.
         candidates: Who was trained.
+        loss_model: The base with slots, all empty again.
         registry: Where adapters are kept; None for nowhere.
         users: Whose rows they are; None for tasks.
         rows: The folder of the users' rows.
     """
 
     def __init__(
-        self, plan: FleetPlan, candidates: FleetCandidates, registry: Registry | None, users: Users | None, rows: Path
+        self,
+        plan: FleetPlan,
+        candidates: FleetCandidates,
+        loss_model: LossModel,
+        registry: Registry | None,
+        users: Users | None,
+        rows: Path,
     ) -> None:
         self.plan, self.candidates, self.registry, self.users, self.rows = plan, candidates, registry, users, rows
         self.base = candidates.base
         folders = [self._shared(name) for name in (PLAIN, KEYED)]
         size = plan.run.per_device_eval_batch_size
-        self.rivals = Rivals(self.base, candidates.bank, size, (folders[0], folders[1]))
+        self.rivals = Rivals(self.base, candidates.bank, loss_model, size, (folders[0], folders[1]))
         self.columns: dict[str, dict[str, Columns]] = {}
         self.versions: dict[str, str | None] = {}
 

@@ -34,15 +34,20 @@ class Rivals:
     Args:
         base: The base.
         bank: Its slots, all empty.
+        loss_model: The base with these slots.
         batch_size: Rows in a batch.
         shared: The folders of the shared adapters, plain and keyed; None for one that is not there.
     """
 
     def __init__(
-        self, base: Base, bank: LoraBank, batch_size: int, shared: tuple[Path | None, Path | None] = (None, None)
+        self,
+        base: Base,
+        bank: LoraBank,
+        loss_model: LossModel,
+        batch_size: int,
+        shared: tuple[Path | None, Path | None] = (None, None),
     ) -> None:
-        self.base, self.bank, self.batch_size = base, bank, batch_size
-        self.loss_model = LossModel(base.model, bank, base.tokenizer.pad_token_id)
+        self.base, self.bank, self.loss_model, self.batch_size = base, bank, loss_model, batch_size
         self.shared = set[int]()
         for slot, folder in zip((_SHARED, _KEYED), shared, strict=True):
             if folder is not None:
@@ -108,7 +113,7 @@ class Rivals:
 
     def _measure(self, slot: int, data: Data, rows: Sequence[TokenRow]) -> tuple[dict[str, float], Columns]:
         found: list[dict[str, Any]] = []
-        scores = measure(self.base, self.bank, slot, data, rows, batch_size=self.batch_size, predictions=found)
+        scores = measure(self.base, self.loss_model, slot, data, rows, batch_size=self.batch_size, predictions=found)
         keys = [key for key in ("loss_sum", "loss_tokens", "label_right") if key in found[0]]
         return scores, {key: [one[key] for one in found] for key in keys}
 

@@ -12,6 +12,7 @@ from typing import Any
 from lorafleet.config.fleet import GateConfig
 from lorafleet.config.yaml_text import dump_mapping
 from lorafleet.errors import ConfigError, DataError, raise_all
+from lorafleet.evaluation.token_loss import LossModel
 from lorafleet.files.atomic import write_json, write_text
 from lorafleet.files.run_folder import SETTINGS, clear_run, open_run, provenance
 from lorafleet.fleets.judge import Judge, gain_over
@@ -28,6 +29,7 @@ from lorafleet.lora import LoraBank
 from lorafleet.models.load import load_base, load_meta_model, load_tokenizer
 from lorafleet.registry.registry import Registry
 from lorafleet.search.fit import fit_faults
+from lorafleet.training.recompute import recompute_blocks
 from lorafleet.training.setup import check_run, prepare_machine
 
 logger = logging.getLogger(__name__)
@@ -75,11 +77,15 @@ def fleet(config: Mapping[str, Any] | str | os.PathLike[str], /, **knobs: Any) -
             clear_run(output_dir, keep=checkpoint)
         write_text(output_dir / SETTINGS, dump_mapping(plan.source))
         write_json(output_dir / "provenance.json", provenance())
-        candidates = FleetCandidates(members, base, LoraBank(base.model, 2), PLAIN if plan.fleet.warm_start else None)
+        bank = LoraBank(base.model, 2)
+        if plan.run.gradient_checkpointing:
+            recompute_blocks(base.model, bank)
+        loss_model = LossModel(base.model, bank, base.tokenizer.pad_token_id)
+        candidates = FleetCandidates(members, base, bank, PLAIN if plan.fleet.warm_start else None)
         training = time.perf_counter()
-        trained = train_members(plan, base, candidates.bank, candidates, checkpoint)
+        trained = train_members(plan, loss_model, candidates, checkpoint)
         training = time.perf_counter() - training
-        judge = Judge(plan, candidates, registry, users, output_dir / ROWS)
+        judge = Judge(plan, candidates, loss_model, registry, users, output_dir / ROWS)
         judged = [judge.judge(member) for member in members if member.plan.name not in trained.failures]
         for status, names in (("failed", trained.failures), ("left out", left_out)):
             judged += [MemberResult(n, kind_of(n, users), status=status, reasons=(why,)) for n, why in names.items()]

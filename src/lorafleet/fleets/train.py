@@ -14,8 +14,6 @@ from lorafleet.errors import TrainingError
 from lorafleet.evaluation.token_loss import LossModel
 from lorafleet.fleets.members import FleetCandidates
 from lorafleet.fleets.plan import FleetPlan
-from lorafleet.lora import LoraBank
-from lorafleet.models.load import Base
 from lorafleet.training.capacity import measured_capacity
 from lorafleet.training.checkpoint import RunState
 from lorafleet.training.events import Event, Failed, Finished, Saved, StepDone
@@ -23,7 +21,6 @@ from lorafleet.training.interrupt import listen
 from lorafleet.training.loop import Population
 from lorafleet.training.member import Member
 from lorafleet.training.queue import AdapterQueue
-from lorafleet.training.recompute import recompute_blocks
 from lorafleet.training.report import clock, reporting
 from lorafleet.training.setup import run_identity
 
@@ -38,14 +35,13 @@ class Trained(NamedTuple):
 
 
 def train_members(
-    plan: FleetPlan, base: Base, bank: LoraBank, candidates: FleetCandidates, checkpoint: Path | None
+    plan: FleetPlan, loss_model: LossModel, candidates: FleetCandidates, checkpoint: Path | None
 ) -> Trained:
     """Train every candidate, as many together as have room, and write each one's adapter when it ends.
 
     Args:
         plan: The fleet.
-        base: The base.
-        bank: Its slots, all empty.
+        loss_model: The base with slots, all empty.
         candidates: Who trains.
         checkpoint: To go on from.
 
@@ -58,10 +54,8 @@ def train_members(
         TrainingError: Every member failed.
     """
     folder = Path(plan.run.output_dir)
-    state = RunState(folder, identity(plan, base, candidates), plan.run.save_total_limit)
-    if plan.run.gradient_checkpointing:
-        recompute_blocks(base.model, bank)
-    loss_model = LossModel(base.model, bank, base.tokenizer.pad_token_id)
+    bank = candidates.bank
+    state = RunState(folder, identity(plan, candidates), plan.run.save_total_limit)
     bank.reserve([one.plan.lora for one in candidates.members.values()], 2)
     loss_model.speed_up()
     queue, step = AdapterQueue(bank, candidates, 0), 0
@@ -69,7 +63,7 @@ def train_members(
         step = state.restore(checkpoint, lambda extra: _restored(extra, candidates, queue))
         logger.info("going on from %s", checkpoint)
     else:
-        size, together = _capacity(plan, loss_model, bank, candidates)
+        size, together = _capacity(plan, loss_model, candidates)
         state.extra |= {"population_size": size, "together": together, "failures": {}}
         bank.reserve((), size)
     queue.size = state.extra["population_size"]
@@ -110,19 +104,23 @@ def train_members(
     return Trained(failures, queue.size)
 
 
-def identity(plan: FleetPlan, base: Base, candidates: FleetCandidates) -> dict[str, Any]:
+def identity(plan: FleetPlan, candidates: FleetCandidates) -> dict[str, Any]:
     """What decides the adapters: a resumed fleet must agree in all of it."""
     return {
         name: run_identity(
-            base, one.data, one.plan.data, "lora", one.plan.lora.model_dump(mode="json"), one.plan.training, plan.run
+            candidates.base,
+            one.data,
+            one.plan.data,
+            "lora",
+            one.plan.lora.model_dump(mode="json"),
+            one.plan.training,
+            plan.run,
         )
         for name, one in candidates.members.items()
     } | {"start from": candidates.first}
 
 
-def _capacity(
-    plan: FleetPlan, loss_model: LossModel, bank: LoraBank, candidates: FleetCandidates
-) -> tuple[int, int | None]:
+def _capacity(plan: FleetPlan, loss_model: LossModel, candidates: FleetCandidates) -> tuple[int, int | None]:
     """How many train together, and how many of them in one pass: by memory, where nobody says."""
     wanted = len(candidates.members)
     if plan.population.population_size is not None:
@@ -132,7 +130,7 @@ def _capacity(
     longest = max(members, key=lambda one: int(np.sort(one.data.train.lengths)[-size:].sum())).data.train
     rows = [longest[int(i)] for i in longest.lengths.argsort()[-size:]]
     shapes, share = [one.plan.lora for one in members], plan.population.max_memory
-    fitting, together = measured_capacity(loss_model, bank, shapes, rows, share, wanted)
+    fitting, together = measured_capacity(loss_model, candidates.bank, shapes, rows, share, wanted)
     return min(fitting, wanted), together
 
 

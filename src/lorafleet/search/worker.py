@@ -65,6 +65,7 @@ class Worker:
         self.shapes = shapes(space, (self.lora, self.training))
         if self.run.gradient_checkpointing:
             recompute_blocks(base.model, self.bank)
+        self.loss_model = LossModel(base.model, self.bank, base.tokenizer.pad_token_id)
         rows = data.splits["train"]
         training = self.training
         if training.max_steps is not None:
@@ -92,8 +93,9 @@ class Worker:
         """The objectives that need rows, of one slot."""
         generation = GenerationConfig() if {*ANSWERS} & set(self.search.objectives) else None
         size = self.run.per_device_eval_batch_size
-        found = measure(self.base, self.bank, slot, self.data, self.held_out, batch_size=size, generation=generation)
-        return dict(found)
+        return measure(
+            self.base, self.loss_model, slot, self.data, self.held_out, batch_size=size, generation=generation
+        )
 
     def measure_member(self, member: Member) -> dict[str, float]:
         """All objectives of a member that was just evaluated; its loss is known."""
@@ -143,16 +145,15 @@ class Worker:
             Path(self.run.output_dir).resolve(),
         )
         state = RunState(folder, self.identity(), self.run.save_total_limit, extra)
-        loss_model = LossModel(self.base.model, self.bank, self.base.tokenizer.pad_token_id)
         self.bank.reserve(self.shapes)
-        loss_model.speed_up()
+        self.loss_model.speed_up()
         queue = AdapterQueue(self.bank, trials, 0)
         step = 0
         if checkpoint:
             step = state.restore(checkpoint, lambda extra: self._restored(extra, trials, queue))
             logger.info("going on from %s", checkpoint)
         else:
-            size, together = self.population_size(loss_model)
+            size, together = self.population_size()
             state.extra |= {"population_size": size, "together": together}
             self.bank.reserve((), size)
         before = float(state.extra.get("seconds", 0.0))
@@ -164,7 +165,7 @@ class Worker:
         with listen() as stop, reporting(folder, self.run, state.extra.get("log_bytes", 0), live) as (log, observers):
             population = Population(
                 list(queue.members.values()),
-                loss_model,
+                self.loss_model,
                 self.bank,
                 self.run,
                 queue=queue,
@@ -192,7 +193,7 @@ class Worker:
             save()
         return state.extra
 
-    def population_size(self, loss_model: LossModel) -> tuple[int, int | None]:
+    def population_size(self) -> tuple[int, int | None]:
         """How many trials train together, and how many of them in one pass; as many as have room if it is not known.
 
         Without a number from the user that is what memory has room for, and in a grid as many more as it takes for one
@@ -209,7 +210,7 @@ class Worker:
         size = max(training.per_device_train_batch_size for training in self._trainings())
         longest = [rows[int(i)] for i in rows.lengths.argsort()[-size:]]
         share = self.population.max_memory
-        fitting, together = measured_capacity(loss_model, self.bank, self.shapes, longest, share, wanted)
+        fitting, together = measured_capacity(self.loss_model, self.bank, self.shapes, longest, share, wanted)
         return min(fitting, runs), together
 
     def _trainings(self) -> list[TrainingConfig]:

@@ -20,7 +20,7 @@ from lorafleet.files.deployability import deployability
 from lorafleet.files.run_folder import clear_run, open_run
 from lorafleet.lora import BASE_ONLY, LoraBank, Slots
 from lorafleet.methods.method import Method, find_methods
-from lorafleet.models.load import Base, load_base
+from lorafleet.models.load import load_base
 from lorafleet.training.checkpoint import RunState
 from lorafleet.training.events import Failed, Saved
 from lorafleet.training.interrupt import listen
@@ -74,6 +74,7 @@ def train(config: Mapping[str, Any] | str | Path | None = None, /, **knobs: Any)
             if run.gradient_checkpointing:
                 recompute_blocks(base.model, slots)
             _tell_deployability(method.config, slots)
+        loss_model = LossModel(base.model, slots, base.tokenizer.pad_token_id)
         held_out = held_out_rows(data, run)
         member = Member(NAME, slots, 0, method.training, rows, held_out)
         deciding = run_identity(base, data, data_config, method.kind, method.options, method.training, run)
@@ -82,7 +83,7 @@ def train(config: Mapping[str, Any] | str | Path | None = None, /, **knobs: Any)
 
         def measured(slot: int) -> dict[str, float]:
             size = run.per_device_eval_batch_size
-            return measure(base, slots, slot, data, held_out, batch_size=size) if held_out else {}
+            return measure(base, loss_model, slot, data, held_out, batch_size=size) if held_out else {}
 
         resume_step = state.restore(checkpoint, lambda _: [member]) if checkpoint else 0
         if checkpoint:
@@ -94,7 +95,7 @@ def train(config: Mapping[str, Any] | str | Path | None = None, /, **knobs: Any)
         if run.overwrite:  # only now, when all is checked and the base is measured
             clear_run(output_dir, keep=checkpoint)
         write_settings(output_dir, [s for s in settings if method.kind == "lora" or not isinstance(s, LoraConfig)])
-        _run(base, slots, member, validation, run, state, output_dir, resume_step)
+        _run(loss_model, slots, member, validation, run, state, output_dir, resume_step)
         if validation.load_best_model_at_end and member.restore_best():
             logger.info("taking the adapter of step %d, the lowest held-out loss", member.progress.best_step)
         before_and_after = (state.extra["before"], measured(member.slot))
@@ -125,7 +126,7 @@ def _tell_deployability(config: LoraConfig, bank: LoraBank) -> None:
 
 
 def _run(
-    base: Base,
+    loss_model: LossModel,
     slots: Slots,
     member: Member,
     validation: ValidationConfig,
@@ -135,7 +136,6 @@ def _run(
     resume_step: int,
 ) -> None:
     """Train with logs, checkpoints and signal handling around the loop."""
-    loss_model = LossModel(base.model, slots, base.tokenizer.pad_token_id)
     loss_model.speed_up()
     failures: list[Failed] = []
     progress = ProgressReport(run.logging_steps, resume_step)
