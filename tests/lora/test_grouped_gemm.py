@@ -1,5 +1,6 @@
 """Products of unequal sizes in one call, against one product each."""
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ def operand(shapes: list[tuple[int, int]], transposed: bool, dtype: torch.dtype)
     parts = [wide[:, 8 * i : 8 * i + 8] for i in range(len(shapes))]
     parts, view = ([part.T for part in parts], wide.T) if transposed else (parts, wide)
     found = [part[:rows, :columns] for part, (rows, columns) in zip(parts, shapes, strict=True)]
-    return Operand(view, [8 * i for i in range(len(shapes))]), found
+    return Operand(view, 8 * np.arange(len(shapes))), found
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -32,7 +33,7 @@ def test_equals_one_product_each(dtype: torch.dtype, left: bool, right: bool, al
     wanted = c.view.clone()
     for i, (one, other, old) in enumerate(zip(all_a, all_b, all_c, strict=True)):
         wanted[: len(old), 8 * i : 8 * i + old.shape[1]] = alpha * one @ other + beta * old
-    grouped_gemm(a, b, c, SIZES, COUNTS, alpha, beta)
+    grouped_gemm(a, b, c, [np.array(size) for size in SIZES], np.array(COUNTS), alpha, beta)
     torch.testing.assert_close(c.view, wanted)
 
 

@@ -10,10 +10,14 @@ import ctypes
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import NamedTuple, Self, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+Numbers = NDArray[np.int64]
 
 _Real = type[ctypes.c_float] | type[ctypes.c_double]
 
@@ -31,7 +35,7 @@ class Operand(NamedTuple):
     """
 
     view: Tensor
-    starts: Sequence[int]
+    starts: Numbers
 
     def transposed(self) -> Self:
         """The same matrices, transposed."""
@@ -42,8 +46,8 @@ def grouped_gemm(
     a: Operand,
     b: Operand,
     c: Operand,
-    sizes: Sequence[Sequence[int]],
-    counts: Sequence[int],
+    sizes: Sequence[int | Numbers],
+    counts: Numbers,
     alpha: float = 1,
     beta: float = 0,
 ) -> None:
@@ -53,34 +57,35 @@ def grouped_gemm(
         a: The left matrices.
         b: The right ones.
         c: The results; columns lie side by side.
-        sizes: Rows of A, columns of B and columns of A, each by group of products of the same sizes.
+        sizes: Rows of A, columns of B and columns of A, each by group of products of the same sizes or one for all.
         counts: How many products are in each group.
         alpha: Factor of the products.
         beta: 1 adds to C, 0 sets it.
     """
-    groups = len(sizes[0])
-    number, real = ctypes.c_int64 * groups, _REALS[a.view.dtype] * groups
+    groups, real = len(counts), real_type(a.view.dtype)
     # Fortran's matrices are the transposed ones of C: Cᵀ = Bᵀ·Aᵀ.
     (b_letter, b_leading), (a_letter, a_leading) = _layout(b.view), _layout(a.view)
-    m, n, k = (number(*size) for size in sizes)
+    m, n, k = (_by_group(size, groups) for size in sizes)
+    arrays = [
+        *(n, m, k, np.full(groups, alpha, real)),
+        *(_addresses(b), _by_group(b_leading, groups)),
+        *(_addresses(a), _by_group(a_leading, groups)),
+        np.full(groups, beta, real),
+        *(_addresses(c), _by_group(c.view.stride(-2), groups)),
+        np.array([groups]),
+        counts,
+    ]
     function = gemm_function(a.view.dtype)
     assert function is not None
-    function(
-        b_letter * groups,
-        a_letter * groups,
-        *(n, m, k, real(*[alpha] * groups)),
-        *(_addresses(b), number(*[b_leading] * groups)),
-        *(_addresses(a), number(*[a_leading] * groups)),
-        real(*[beta] * groups),
-        *(_addresses(c), number(*[c.view.stride(-2)] * groups)),
-        ctypes.byref(ctypes.c_int64(groups)),
-        number(*counts),
-    )
+    function(b_letter * groups, a_letter * groups, *(array.ctypes.data for array in arrays))
 
 
-def _addresses(operand: Operand) -> "ctypes.Array[ctypes.c_int64]":
-    first, size = operand.view.data_ptr(), operand.view.element_size()
-    return (ctypes.c_int64 * len(operand.starts))(*[first + size * start for start in operand.starts])
+def _by_group(size: int | Numbers, groups: int) -> Numbers:
+    return np.full(groups, size) if isinstance(size, int) else size
+
+
+def _addresses(operand: Operand) -> Numbers:
+    return operand.view.data_ptr() + operand.view.element_size() * operand.starts
 
 
 def readable(matrices: Tensor) -> Tensor:
@@ -110,10 +115,11 @@ def real_type(dtype: torch.dtype) -> _Real:
 def gemm_function(dtype: torch.dtype) -> Callable[..., None] | None:
     """OneMKL's function for this type; none where PyTorch has been built without it."""
     try:
-        function: Callable[..., None] = getattr(ctypes.CDLL(str(_LIBRARY)), _NAMES[dtype])
+        function = getattr(ctypes.CDLL(str(_LIBRARY)), _NAMES[dtype])
     except (OSError, AttributeError, KeyError):
         return None
-    return function
+    function.argtypes, function.restype = [ctypes.c_char_p] * 2 + [ctypes.c_void_p] * 13, None
+    return cast(Callable[..., None], function)
 
 
 @cache
@@ -123,6 +129,6 @@ def _works(dtype: torch.dtype) -> bool:
         return False
     a, b, c = (torch.arange(24, dtype=dtype).view(shape) for shape in ((8, 3), (2, 3, 4), (6, 4)))
     wanted = torch.cat([2 * a[:2] @ b[0], 2 * a[3:7] @ b[1]]) + c
-    operands = Operand(a, [0, 9]), Operand(b, [0, 12]), Operand(c, [0, 8])
-    grouped_gemm(*operands, ([2, 4], [4, 4], [3, 3]), [1, 1], alpha=2, beta=1)
+    left, right, sums = (Operand(tensor, np.array([0, second])) for tensor, second in ((a, 9), (b, 12), (c, 8)))
+    grouped_gemm(left, right, sums, (np.array([2, 4]), 4, 3), np.array([1, 1]), alpha=2, beta=1)
     return torch.equal(c, wanted)

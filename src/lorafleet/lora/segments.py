@@ -1,14 +1,14 @@
 """The segments of a flat batch, and products in which each segment's rows meet its own slot's matrices."""
 
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lorafleet.lora.grouped_gemm import Operand, grouped_gemm, has_grouped_gemm, readable
+from lorafleet.lora.grouped_gemm import Numbers, Operand, grouped_gemm, has_grouped_gemm, readable
 from lorafleet.lora.packed import PackedWeight
 
 
@@ -69,6 +69,32 @@ def joined_mask(segments: Sequence[LoraSegment], like: Tensor) -> Tensor | None:
     return mask
 
 
+class _Longest(NamedTuple):
+    """Segments, the longest first: so no thread is left with a long product when the others are done.
+
+    Args:
+        numbers: Of the segments.
+        starts: First row of each.
+        lengths: Rows of each.
+    """
+
+    numbers: Numbers
+    starts: Numbers
+    lengths: Numbers
+
+    def rows(self, x: Tensor) -> Operand:
+        """Each segment's rows of ``x (tokens, n)``."""
+        return Operand(x, x.stride(0) * self.starts)
+
+    def own(self, matrices: Tensor) -> Operand:
+        """Each segment's matrix of ``(segments, n, m)``."""
+        return Operand(matrices, matrices.stride(0) * self.numbers)
+
+    def multiply(self, a: Operand, b: Operand, c: Operand, sizes: Sequence[int | Numbers], beta: float = 0) -> None:
+        """``C_k = A_k·B_k + beta·C_k`` for each segment; see :func:`grouped_gemm`."""
+        grouped_gemm(a, b, c, sizes, np.ones_like(self.numbers), beta=beta)
+
+
 class RowGroups(NamedTuple):
     """Products in which each segment's rows of a ``(tokens, features)`` tensor meet a matrix of their own.
 
@@ -79,16 +105,13 @@ class RowGroups(NamedTuple):
         lengths: Rows between segments and rows of segments, in turn; between segments there may be none.
         even: Whether the segments are equally long and fill the batch.
         ends: Where each segment ends, ``(segments,)``, for a GPU's grouped products; none without them.
-        one_call: Whether a CPU's grouped products are there for it.
+        longest: The segments for a CPU's grouped products; none without them.
     """
 
     lengths: list[int]
     even: bool
     ends: Tensor | None = None
-    one_call: bool = False
-
-    def _rows(self, x: Tensor) -> Operand:
-        return Operand(x, [x.stride(0) * end for end in list(accumulate(self.lengths))[:-1:2]])
+    longest: _Longest | None = None
 
     def _entries(self, tensor: Tensor) -> Tensor:
         return tensor.view(len(self.lengths) // 2, -1, tensor.shape[1])
@@ -102,14 +125,12 @@ class RowGroups(NamedTuple):
             return torch.bmm(self._entries(x), matrices).flatten(0, 1)
         if self.ends is not None:
             return F.grouped_mm(x, matrices, offs=self.ends)
-        if self.one_call:
+        if (each := self.longest) is not None:
             # A narrow result is faster made, and faster read, with its columns side by side in memory.
-            count, n, m = matrices.shape
-            out = x.new_zeros(m, x.shape[0]).T
-            left, right = _each(matrices).transposed(), self._rows(readable(x)).transposed()
-            sizes = [m] * count, self.lengths[1::2], [n] * count
-            grouped_gemm(left, right, self._rows(out).transposed(), sizes, [1] * count)
-            return out
+            out, (_, n, m) = x.new_zeros(matrices.shape[2], x.shape[0]), matrices.shape
+            sums = each.rows(out.T).transposed()
+            each.multiply(each.own(matrices.mT), each.rows(readable(x)).transposed(), sums, (m, each.lengths, n))
+            return out.T
         out = x.new_zeros(x.shape[0], matrices.shape[2])
         for part, matrix, into in zip(self._parts(x), matrices.unbind(), self._parts(out), strict=True):
             torch.mm(part, matrix, out=into)
@@ -123,10 +144,9 @@ class RowGroups(NamedTuple):
         if self.ends is not None:
             into += F.grouped_mm(x, matrices, offs=self.ends)
             return
-        if self.one_call:
-            count, n, m = matrices.shape
-            sizes = self.lengths[1::2], [m] * count, [n] * count
-            grouped_gemm(self._rows(readable(x)), _each(matrices), self._rows(into), sizes, [1] * count, beta=1)
+        if (each := self.longest) is not None:
+            _, n, m = matrices.shape
+            each.multiply(each.rows(readable(x)), each.own(matrices), each.rows(into), (each.lengths, m, n), beta=1)
             return
         for part, matrix, onto in zip(self._parts(x), matrices.unbind(), self._parts(into), strict=True):
             onto.addmm_(part, matrix)
@@ -138,10 +158,10 @@ class RowGroups(NamedTuple):
         if self.ends is not None:
             return F.grouped_mm(a.T, b, offs=self.ends)
         out = a.new_empty(len(self.lengths) // 2, a.shape[1], b.shape[1])
-        if self.one_call:
-            count, n, m = out.shape
-            sizes = [n] * count, [m] * count, self.lengths[1::2]
-            grouped_gemm(self._rows(readable(a)).transposed(), self._rows(readable(b)), _each(out), sizes, [1] * count)
+        if (each := self.longest) is not None:
+            _, n, m = out.shape
+            rows_a, rows_b = each.rows(readable(a)).transposed(), each.rows(readable(b))
+            each.multiply(rows_a, rows_b, each.own(out), (n, m, each.lengths))
             return out
         for left, right, into in zip(self._parts(a), self._parts(b), out.unbind(), strict=True):
             torch.mm(left.T, right, out=into)
@@ -151,7 +171,7 @@ class RowGroups(NamedTuple):
         """Results of ``product`` side by side, ``(tokens, m_1 + m_2 + …)``, in memory as each of them."""
         if len(parts) == 1:
             return parts[0]
-        return torch.cat([part.T for part in parts]).T if self.one_call else torch.cat([*parts], dim=1)
+        return torch.cat([*parts], dim=1) if self.longest is None else torch.cat([part.T for part in parts]).T
 
     def scale(self, x: Tensor, factors: Tensor) -> None:
         """Multiply each segment's rows of ``x (tokens, n)`` by its own ``factors (segments, 1, n or 1)``, in place."""
@@ -164,11 +184,6 @@ class RowGroups(NamedTuple):
             return
         for part, factor in zip(self._parts(x), factors.unbind(), strict=True):
             part.mul_(factor)
-
-
-def _each(matrices: Tensor) -> Operand:
-    """Every matrix of ``(segments, n, m)``."""
-    return Operand(matrices, [number * matrices.stride(0) for number in range(len(matrices))])
 
 
 def row_groups(segments: Sequence[LoraSegment], x: Tensor, sizes: Sequence[int]) -> RowGroups:
@@ -184,4 +199,9 @@ def row_groups(segments: Sequence[LoraSegment], x: Tensor, sizes: Sequence[int])
     # PyTorch's grouped product takes bfloat16 whose rows begin at multiples of 16 bytes. On a CPU it gains nothing.
     grouped = x.is_cuda and x.dtype == torch.bfloat16 and full and not any(size % 8 for size in sizes)
     ends = torch.tensor([s.stop for s in segments], dtype=torch.int32, device=x.device) if grouped else None
-    return RowGroups(lengths, even=False, ends=ends, one_call=len(segments) > 1 and has_grouped_gemm(x))
+    longest = None
+    if len(segments) > 1 and has_grouped_gemm(x):
+        starts, rows = np.array([s.start for s in segments]), np.array(lengths[1::2])
+        numbers = np.argsort(-rows, kind="stable")
+        longest = _Longest(numbers, starts[numbers], rows[numbers])
+    return RowGroups(lengths, even=False, ends=ends, longest=longest)

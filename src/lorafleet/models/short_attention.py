@@ -9,11 +9,12 @@ tokens, which is why long sequences do not come here.
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorafleet.lora.grouped_gemm import Operand, grouped_gemm, readable
+from lorafleet.lora.grouped_gemm import Numbers, Operand, grouped_gemm, readable
 
 LONGEST = 128
 """Longest sequence, in tokens, for which keeping the probabilities is cheap."""
@@ -37,9 +38,9 @@ class _Stack(NamedTuple):
     order: Tensor
     back: Tensor
     mask: Tensor
-    starts: list[int]
-    lengths: list[int]
-    counts: list[int]
+    starts: Numbers
+    lengths: Numbers
+    counts: Numbers
     groups: int
 
     def rows(self, tensor: Tensor) -> Tensor:
@@ -63,11 +64,11 @@ class _Stack(NamedTuple):
 
     def _parts(self, tensor: Tensor, times: int) -> Operand:
         head, row = tensor.stride()[:2]
-        return Operand(tensor, [n * head + start * times * row for start in self.starts for n in range(len(tensor))])
+        return Operand(tensor, np.add.outer(times * row * self.starts, head * np.arange(len(tensor))).ravel())
 
-    def sizes(self, dim: int) -> tuple[list[int], list[int], list[int]]:
+    def sizes(self, dim: int) -> tuple[Numbers, Numbers, int]:
         """Rows of queries, rows of keys, and numbers of a head, by run."""
-        return [self.groups * length for length in self.lengths], self.lengths, [dim] * len(self.lengths)
+        return self.groups * self.lengths, self.lengths, dim
 
 
 @lru_cache(maxsize=2)
@@ -84,8 +85,8 @@ def _stack(runs: tuple[Run, ...], heads: int, kv_heads: int, dtype: torch.dtype)
     for start, length in zip(starts, lengths, strict=True):
         causal = torch.full((length, length), -torch.inf, dtype=dtype).triu(1)
         mask[:, groups * start : groups * (start + length), :length] = causal.repeat(groups, 1)
-    counts = [count * kv_heads for _, count, _ in runs]
-    return _Stack(order, order.argsort(), mask, starts, [length for *_, length in runs], counts, groups)
+    counts, by_run = np.array([count * kv_heads for _, count, _ in runs]), np.array([length for *_, length in runs])
+    return _Stack(order, order.argsort(), mask, np.array(starts), by_run, counts, groups)
 
 
 class _ShortAttention(torch.autograd.Function):
