@@ -12,6 +12,7 @@ import torch
 from lorafleet.cli.main import main
 from lorafleet.errors import ConfigError, DataError, Interrupted, TrainingError
 from lorafleet.files.adapter import load_adapter
+from lorafleet.files.checkpoint import load_checkpoint, newest_checkpoint
 from lorafleet.fleets.result import FleetResult, MemberResult
 from lorafleet.fleets.run import fleet
 from lorafleet.registry.registry import Registry
@@ -190,10 +191,12 @@ def test_an_interrupted_fleet_goes_on_as_if_it_had_not_stopped(place: Path, monk
     whole = fleet(settings(place, "whole", tasks=tasks(place)))
     broken = settings(place, "stopped", tasks=tasks(place))
     with monkeypatch.context() as patch:
-        patch.setattr("lorafleet.fleets.train.listen", lambda: stops_after(1))
+        patch.setattr("lorafleet.training.queued.listen", lambda: stops_after(1))
         with pytest.raises(Interrupted, match="--resume-from-checkpoint true"):
             fleet(broken)
+    before = load_checkpoint(newest_checkpoint(place / "stopped"))[1]["extra"]["seconds"]
     resumed = fleet(broken, resume_from_checkpoint=True)
+    assert before < resumed.train_seconds < resumed.seconds, "what was trained before the interruption counts"
     for one, other in zip(whole.members, resumed.members, strict=True):
         assert (one.name, one.scores, one.status, one.steps, one.tokens) == (
             other.name,

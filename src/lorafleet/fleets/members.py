@@ -18,6 +18,7 @@ from lorafleet.fleets.plan import MemberPlan
 from lorafleet.lora import LoraBank
 from lorafleet.methods.method import Method
 from lorafleet.models.load import Base
+from lorafleet.training.events import Event, Failed
 from lorafleet.training.member import Member
 from lorafleet.training.queue import Candidate
 from lorafleet.training.result import write_trained
@@ -87,6 +88,7 @@ class FleetCandidates:
         self.outcomes: dict[str, str] = {}
         self.steps: dict[str, int] = {}
         self.tokens: dict[str, int] = {}
+        self.failures: dict[str, str] = {}
         if first is not None:
             self.waiting.insert(0, first)
 
@@ -121,14 +123,21 @@ class FleetCandidates:
             shutil.rmtree(one.folder, ignore_errors=True)
             write_trained(one.folder, self.base, member, method, one.data, one.plan.data, {})
 
+    def note(self, event: Event) -> None:
+        """Keep why a member failed."""
+        if isinstance(event, Failed):
+            self.failures[event.name] = f"{event.reason} in step {event.step}; rows {', '.join(event.rows)}"
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs."""
-        return {"waiting": self.waiting, "outcomes": self.outcomes, "steps": self.steps, "tokens": self.tokens}
+        kept = ("waiting", "outcomes", "steps", "tokens", "failures")
+        return {name: getattr(self, name) for name in kept}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint."""
         self.waiting, self.outcomes = list(state["waiting"]), dict(state["outcomes"])
         self.steps, self.tokens = dict(state["steps"]), dict(state["tokens"])
+        self.failures = dict(state["failures"])
 
     def _start(self, name: str) -> dict[str, Tensor] | None:
         if self.first is None or name == self.first or self.outcomes.get(self.first) != "finished":

@@ -82,12 +82,12 @@ def fleet(config: Mapping[str, Any] | str | os.PathLike[str], /, **knobs: Any) -
             recompute_blocks(base.model, bank)
         loss_model = LossModel(base.model, bank, base.tokenizer.pad_token_id)
         candidates = FleetCandidates(members, base, bank, PLAIN if plan.fleet.warm_start else None)
-        training = time.perf_counter()
+        begun = time.perf_counter()
         trained = train_members(plan, loss_model, candidates, checkpoint)
-        training = time.perf_counter() - training
+        started -= trained["seconds"] - (time.perf_counter() - begun)  # training before an interruption counts
         judge = Judge(plan, candidates, loss_model, registry, users, output_dir / ROWS)
-        judged = [judge.judge(member) for member in members if member.plan.name not in trained.failures]
-        for status, names in (("failed", trained.failures), ("left out", left_out)):
+        judged = [judge.judge(member) for member in members if member.plan.name not in candidates.failures]
+        for status, names in (("failed", candidates.failures), ("left out", left_out)):
             judged += [MemberResult(n, kind_of(n, users), status=status, reasons=(why,)) for n, why in names.items()]
         users_rows = [judge.columns[one.name] for one in judged if one.kind == "user" and one.scores]
         result = FleetResult(
@@ -96,9 +96,9 @@ def fleet(config: Mapping[str, Any] | str | os.PathLike[str], /, **knobs: Any) -
             members=tuple(judged),
             ways=tuple(_ways(plan, tasks, judged, judge, output_dir / COMBINED)),
             **pool(users_rows),
-            population_size=trained.population_size,
+            population_size=trained["population_size"],
             tokens=sum(one.tokens for one in judged),
-            train_seconds=training,
+            train_seconds=trained["seconds"],
             seconds=time.perf_counter() - started,
         )
         write_json(output_dir / RESULTS, result.as_dict())

@@ -4,7 +4,7 @@ import logging
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -17,91 +17,49 @@ from lorafleet.fleets.plan import FleetPlan
 from lorafleet.training.capacity import measured_capacity
 from lorafleet.training.checkpoint import RunState
 from lorafleet.training.events import Event, Failed, Finished, Saved, StepDone
-from lorafleet.training.interrupt import listen
-from lorafleet.training.loop import Population
-from lorafleet.training.member import Member
-from lorafleet.training.queue import AdapterQueue
-from lorafleet.training.report import clock, reporting
+from lorafleet.training.queued import train_queued
+from lorafleet.training.report import clock
 from lorafleet.training.setup import run_identity
 
 logger = logging.getLogger(__name__)
 
 
-class Trained(NamedTuple):
-    """What came of a training: why members failed, by name, and how many trained together."""
-
-    failures: dict[str, str]
-    population_size: int
-
-
 def train_members(
     plan: FleetPlan, loss_model: LossModel, candidates: FleetCandidates, checkpoint: Path | None
-) -> Trained:
+) -> Mapping[str, Any]:
     """Train every candidate, as many together as have room, and write each one's adapter when it ends.
 
     Args:
         plan: The fleet.
         loss_model: The base with slots, all empty.
-        candidates: Who trains.
+        candidates: Who trains; why some failed is in its ``failures`` then.
         checkpoint: To go on from.
 
     Returns:
-        Why members failed, and how many trained together.
+        What the last checkpoint holds besides, see :func:`train_queued`.
 
     Raises:
         CheckpointError: The checkpoint belongs to another fleet.
         Interrupted: SIGINT or SIGTERM came; a checkpoint is saved.
         TrainingError: Every member failed.
     """
-    folder = Path(plan.run.output_dir)
-    bank = candidates.bank
-    state = RunState(folder, identity(plan, candidates), plan.run.save_total_limit)
-    bank.reserve([one.plan.lora for one in candidates.members.values()], 2)
-    loss_model.speed_up()
-    queue, step = AdapterQueue(bank, candidates, 0), 0
-    if checkpoint:
-        step = state.restore(checkpoint, lambda extra: _restored(extra, candidates, queue))
-        logger.info("going on from %s", checkpoint)
-    else:
-        size, together = _capacity(plan, loss_model, candidates)
-        state.extra |= {"population_size": size, "together": together, "failures": {}}
-        bank.reserve((), size)
-    queue.size = state.extra["population_size"]
-    failures: dict[str, str] = state.extra["failures"]
-    logger.info("%d adapters, up to %d train together", len(candidates.members), queue.size)
-    display = FleetDisplay(candidates, plan.run.logging_steps)
-    with listen() as stop, reporting(folder, plan.run, state.extra.get("log_bytes", 0), display) as (log, observers):
-
-        def note(event: Event) -> None:
-            if isinstance(event, Failed):
-                failures[event.name] = f"{event.reason} in step {event.step}; rows {', '.join(event.rows)}"
-
-        observers.append(note)
-        population = Population(
-            list(queue.members.values()),
-            loss_model,
-            bank,
-            plan.run,
-            queue=queue,
-            together=state.extra["together"],
-            steps=step,
-            observers=observers,
-            save=lambda: save(),
-            stop_requested=stop,
-        )
-
-        def save() -> None:
-            members = list(queue.members.values())
-            slots = {member.name: member.slot for member in members}
-            state.extra |= {"log_bytes": log.size, "together": population.together}
-            state.extra |= {"slots": slots, "candidates": candidates.state()}
-            state.save(population.steps, members)
-
-        population.train()
-        save()
-    if len(failures) == len(candidates.members):
-        raise TrainingError(f"every adapter failed; the first: {next(iter(failures.values()))}")
-    return Trained(failures, queue.size)
+    state = RunState(Path(plan.run.output_dir), identity(plan, candidates), plan.run.save_total_limit)
+    logger.info("%d adapters", len(candidates.members))
+    train_queued(
+        candidates,
+        [one.plan.lora for one in candidates.members.values()],
+        candidates.bank,
+        loss_model,
+        plan.run,
+        state,
+        checkpoint,
+        room=lambda: _capacity(plan, loss_model, candidates),
+        display=lambda: FleetDisplay(candidates, plan.run.logging_steps),
+        observers=[candidates.note],
+    )
+    if len(candidates.failures) == len(candidates.members):
+        raise TrainingError(f"every adapter failed; the first: {next(iter(candidates.failures.values()))}")
+    return state.extra
 
 
 def identity(plan: FleetPlan, candidates: FleetCandidates) -> dict[str, Any]:
@@ -132,12 +90,6 @@ def _capacity(plan: FleetPlan, loss_model: LossModel, candidates: FleetCandidate
     shapes, share = [one.plan.lora for one in members], plan.population.max_memory
     fitting, together = measured_capacity(loss_model, candidates.bank, shapes, rows, share, wanted)
     return min(fitting, wanted), together
-
-
-def _restored(extra: Mapping[str, Any], candidates: FleetCandidates, queue: AdapterQueue) -> list[Member]:
-    queue.bank.reserve((), extra["population_size"])
-    candidates.load(extra["candidates"])
-    return [queue.place(candidates.candidate_of(name), slot) for name, slot in extra["slots"].items()]
 
 
 class FleetDisplay:

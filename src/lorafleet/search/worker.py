@@ -3,7 +3,6 @@
 import logging
 import math
 import socket
-import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -32,12 +31,9 @@ from lorafleet.search.study import Study, plan_trials
 from lorafleet.search.trials import Budget, Trials
 from lorafleet.training.capacity import measured_capacity
 from lorafleet.training.checkpoint import RunState
-from lorafleet.training.interrupt import listen
-from lorafleet.training.loop import Population
 from lorafleet.training.member import Member
-from lorafleet.training.queue import AdapterQueue
+from lorafleet.training.queued import train_queued
 from lorafleet.training.recompute import recompute_blocks
-from lorafleet.training.report import reporting
 from lorafleet.training.schedule import warmup_steps
 from lorafleet.training.setup import held_out_rows, run_identity
 
@@ -130,7 +126,6 @@ class Worker:
         Raises:
             Interrupted: SIGINT or SIGTERM came; a checkpoint is saved.
         """
-        started = time.perf_counter()
         keeper = TrialKeeper(self.base, self.bank, self.data, self.data_config, self.run, self.search)
         trials = Trials(
             study,
@@ -145,52 +140,18 @@ class Worker:
             Path(self.run.output_dir).resolve(),
         )
         state = RunState(folder, self.identity(), self.run.save_total_limit, extra)
-        self.bank.reserve(self.shapes)
-        self.loss_model.speed_up()
-        queue = AdapterQueue(self.bank, trials, 0)
-        step = 0
-        if checkpoint:
-            step = state.restore(checkpoint, lambda extra: self._restored(extra, trials, queue))
-            logger.info("going on from %s", checkpoint)
-        else:
-            size, together = self.population_size()
-            state.extra |= {"population_size": size, "together": together}
-            self.bank.reserve((), size)
-        before = float(state.extra.get("seconds", 0.0))
-        queue.size = int(state.extra["population_size"])
-        together = state.extra["together"]
-        passes = f", {together} of them in a pass" if together and together < queue.size else ""
-        logger.info("%d trials, up to %d train together%s", len(trials.study.records), queue.size, passes)
-        live = LiveTable(trials, self.run.logging_steps, alone=not self.name)
-        with listen() as stop, reporting(folder, self.run, state.extra.get("log_bytes", 0), live) as (log, observers):
-            population = Population(
-                list(queue.members.values()),
-                self.loss_model,
-                self.bank,
-                self.run,
-                queue=queue,
-                together=together,
-                steps=step,
-                observers=observers,
-                save=lambda: save(),
-                stop_requested=stop,
-            )
-
-            def save() -> None:
-                members = list(queue.members.values())
-                state.extra |= {
-                    "log_bytes": log.size,
-                    "seconds": before + time.perf_counter() - started,
-                    "together": population.together,
-                    "trials": trials.state(),
-                    "slots": {member.name: member.slot for member in members},
-                }
-                state.save(population.steps, members)
-
-            if not checkpoint:
-                save()  # how many train together is found out once, even if the search is killed at once
-            population.train()
-            save()
+        logger.info("%d trials", len(trials.study.records))
+        train_queued(
+            trials,
+            self.shapes,
+            self.bank,
+            self.loss_model,
+            self.run,
+            state,
+            checkpoint,
+            room=self.population_size,
+            display=lambda: LiveTable(trials, self.run.logging_steps, alone=not self.name),
+        )
         return state.extra
 
     def population_size(self) -> tuple[int, int | None]:
@@ -219,11 +180,6 @@ class Worker:
         return [
             configure(own, one.settings(value))[1] for one in self.space.dimensions for value in one.domain.samples
         ] or [self.training]
-
-    def _restored(self, extra: Mapping[str, Any], trials: Trials, queue: AdapterQueue) -> list[Member]:
-        self.bank.reserve((), extra["population_size"])
-        trials.load(extra["trials"])
-        return [queue.place(trials.candidate_of(name), slot) for name, slot in extra["slots"].items()]
 
 
 _FREE = {"keep_trials", "storage", "backend"}

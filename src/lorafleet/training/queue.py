@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -42,11 +42,20 @@ class Candidates(Protocol):
     def next(self) -> Candidate | None:
         """The adapter that enters next; none when nothing waits."""
 
+    def candidate_of(self, name: str) -> Candidate:
+        """One that had entered when a checkpoint was written."""
+
     def judge(self, evaluated: Sequence[Member]) -> None:
         """Told who was just evaluated; may end a member by its ``progress.status``."""
 
     def ended(self, member: Member) -> None:
         """Told of a member that has ended, while its adapter is still in its slot."""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs, in JSON's types."""
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from what ``state`` gave."""
 
 
 class AdapterQueue:
