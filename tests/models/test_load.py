@@ -83,6 +83,15 @@ def test_the_end_of_text_stands_in_for_a_missing_pad_token(folder: Path) -> None
         load_tokenizer(config(folder))
 
 
+def test_the_tokenizers_files_are_those_that_transformers_saves(folder: Path, tmp_path: Path) -> None:
+    base = load_base(config(folder))
+    base.tokenizer.chat_template = {"default": "{{ messages }}", "tools": "{{ tools }}"}  # the second in a folder
+    base.tokenizer.save_pretrained(tmp_path / "saved")
+    saved = {str(path.relative_to(tmp_path / "saved")): path for path in (tmp_path / "saved").rglob("*.*")}
+    assert base.tokenizer_files == {name: path.read_bytes() for name, path in saved.items()}
+    assert {"tokenizer.json", "additional_chat_templates/tools.jinja"} <= base.tokenizer_files.keys()
+
+
 def test_a_meta_model_needs_the_config_alone(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     (folder / "tokenizer.json").unlink()

@@ -5,7 +5,9 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
@@ -55,6 +57,14 @@ class Base:
     dtype: torch.dtype
     weights_hash: str
     tokenizer_hash: str
+
+    @cached_property
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """What transformers saves of the tokenizer, by path: for hundreds of adapters, made into text once."""
+        with TemporaryDirectory(prefix="lorafleet-tokenizer-") as folder:
+            self.tokenizer.save_pretrained(folder)
+            paths = [path for path in Path(folder).rglob("*") if path.is_file()]
+            return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 def load_base(config: ModelConfig) -> Base:

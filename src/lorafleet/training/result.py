@@ -147,7 +147,9 @@ def write_trained(
         "metrics": dict(metrics),
     }
     trained = write_method(folder, base, method, member.bank, member.slot, metadata)
-    base.tokenizer.save_pretrained(folder)
+    for name, content in base.tokenizer_files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
     write_text(folder / TEMPLATE, data.chat_template)
     return trained
 
