@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lorafleet.errors import AdapterError, ModelError
+from lorafleet.generation.lean import lean
 from lorafleet.generation.request import Request
 from lorafleet.lora import Routing, Slots
 from lorafleet.lora.packed import PackedWeight, pack
@@ -65,7 +66,8 @@ def _looked_at(model: PreTrainedModel, bank: Slots | None) -> _Look:
     if known is None or (known.flat and model.config._attn_implementation != FLAT):
         with torch.no_grad(), _without_adapters(bank):
             flat = use_cached_attention(model)
-            known = _KNOWN[model] = _Look(flat, plain_decoder(model) if flat else None)
+            body = plain_decoder(model) if flat else None
+            known = _KNOWN[model] = _Look(flat, body and lean(body))
     return known
 
 

@@ -32,7 +32,7 @@ class JointWeight(NamedTuple):
 
     def products(self, x: Tensor) -> tuple[Tensor, ...]:
         """Each layer's ``x·Wᵀ + b``, columns of one tensor."""
-        found: tuple[Tensor, ...] = self.packed.linear(x, self.bias).split(self.widths, dim=1)
+        found: tuple[Tensor, ...] = self.packed.linear(x, self.bias).split_with_sizes(self.widths, dim=1)
         return found
 
 
@@ -146,4 +146,4 @@ def outputs(layers: Sequence[LoraLinear], x: Tensor, joint: JointWeight | None =
     found = lora_linears(flat, plan.parts) if learns else plan.answers(flat, joint)
     if plan.magnitudes:
         found = tuple(layer.stretch(y, part.segments) for layer, y, part in zip(layers, found, plan.parts, strict=True))
-    return [y.view(*x.shape[:-1], y.shape[-1]) for y in found]
+    return [*found] if x.ndim == 2 else [y.view(*x.shape[:-1], y.shape[-1]) for y in found]

@@ -8,12 +8,13 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from lorafleet.lora.grouped_gemm import gemm_function, has_grouped_gemm, real_type
+from lorafleet.lora.grouped_gemm import Numbers, gemm_function, has_grouped_gemm, real_type
 from lorafleet.lora.segments import LinearTensors
 
 
@@ -59,35 +60,31 @@ class MixedRows:
         widths = [layer.lora_B.shape[2] for layer in layers]
         ranks, rows = [p.rank for p in products], [p.rows[1] for p in products]
         outs = [widths[p.layer] for p in products]
-        self._x_places = [p.rows[0] * inner * size for p in products]
-        self._y_places = [(p.layer, p.rows[0] * strides[p.layer] * size) for p in products]
-        lows = [self._low.data_ptr() + p.low * size for p in products]
-        addresses_A, addresses_B = (
-            [low.data_ptr() + p.slot * low.stride(0) * size for p, low in zip(products, owners, strict=True)]
+        self._x_places = np.array([p.rows[0] * inner * size for p in products])
+        self._y_places = np.array([p.rows[0] * strides[p.layer] * size for p in products])
+        self._y_layers = np.array([p.layer for p in products])
+        lows = np.array([self._low.data_ptr() + p.low * size for p in products])
+        of_A, of_B = (
+            np.array([low.data_ptr() + p.slot * low.stride(0) * size for p, low in zip(products, owners, strict=True)])
             for owners in ([layers[p.layer].lora_A for p in products], [layers[p.layer].lora_B for p in products])
         )
+        # Where rows of x and of the outputs lie now; written anew for each call.
+        self._inputs, self._results = np.zeros_like(lows), np.zeros_like(lows)
         # Fortran reads rows as columns: lowᵀ = A·xᵀ, then yᵀ += s·B·lowᵀ.
         count, leading = len(products), [strides[p.layer] for p in products]
         down = _Sizes(ranks, rows, [inner] * count, ranks, [1.0] * count)
         up = _Sizes(outs, rows, ranks, leading, [p.scaling for p in products])
-        self._down = _Gemms(b"T", down, 0.0, dtype)
-        self._up = _Gemms(b"N", up, 1.0, dtype)
-        self._matrices = self._down.numbers(addresses_A), self._up.numbers(addresses_B)
-        self._lows = self._down.numbers(lows)
-        self._known: tuple[list[int], Any, Any] | None = None
+        self._down = _Gemms(b"T", down, (of_A, self._inputs, lows), 0.0, dtype)
+        self._up = _Gemms(b"N", up, (of_B, lows, self._results), 1.0, dtype)
 
     def add(self, x: Tensor, outputs: Sequence[Tensor]) -> None:
         """Add to ``outputs (rows, out)``, one for each layer, what the slots add for ``x (rows, in)``."""
-        if not self._x_places:
+        if not len(self._inputs):
             return
-        places = [x.data_ptr(), *(y.data_ptr() for y in outputs)]
-        if self._known is None or self._known[0] != places:  # memory is mostly given out as in the step before
-            of_x, *of_y = places
-            inputs = self._down.numbers([of_x + place for place in self._x_places])
-            self._known = places, inputs, self._up.numbers([of_y[layer] + place for layer, place in self._y_places])
-        _, inputs, results = self._known
-        self._down(self._matrices[0], inputs, self._lows)
-        self._up(self._matrices[1], self._lows, results)
+        np.add(self._x_places, x.data_ptr(), out=self._inputs)
+        np.add(self._y_places, np.array([y.data_ptr() for y in outputs])[self._y_layers], out=self._results)
+        self._down()
+        self._up()
 
 
 class _Sizes(NamedTuple):
@@ -106,31 +103,31 @@ class _Gemms:
     Args:
         letter: Whether M is transposed.
         sizes: Of each product; those of the same sizes in a row are one group of oneMKL's.
+        places: Addresses of each product's M, V and C, read at each call.
         beta: 1 adds to C.
         dtype: Of all of them.
     """
 
-    def __init__(self, letter: bytes, sizes: _Sizes, beta: float, dtype: torch.dtype) -> None:
+    def __init__(
+        self, letter: bytes, sizes: _Sizes, places: tuple[Numbers, Numbers, Numbers], beta: float, dtype: torch.dtype
+    ) -> None:
         groups = [(key, len(list(same))) for key, same in groupby(zip(*sizes, strict=True))]
         count = len(groups)
         number, real = ctypes.c_int64 * count, real_type(dtype) * count
         m, n, k, leading = (number(*(int(key[i]) for key, _ in groups)) for i in range(4))
         function = gemm_function(dtype)
         assert function is not None
-        self._function = function
-        self._address = ctypes.c_int64 * len(sizes.m)
-        self._before = (letter * count, b"N" * count, m, n, k, real(*(key[4] for key, _ in groups)))
-        self._leading = k if letter == b"T" else m
-        self._between = (k, real(*[beta] * count))
-        self._after = (leading, ctypes.byref(ctypes.c_int64(count)), number(*(same for _, same in groups)))
+        self._function, self._places = function, places  # held, as the arguments are addresses only
+        of_m, of_v, of_c = (addresses.ctypes.data for addresses in places)
+        self._arguments = (
+            *(letter * count, b"N" * count, m, n, k, real(*(key[4] for key, _ in groups))),
+            *(of_m, k if letter == b"T" else m, of_v, k, real(*[beta] * count), of_c, leading),
+            *(ctypes.byref(ctypes.c_int64(count)), number(*(same for _, same in groups))),
+        )
 
-    def numbers(self, addresses: Sequence[int]) -> Any:
-        """Addresses as C takes them, one for each product."""
-        return self._address(*addresses)
-
-    def __call__(self, matrices: Any, vectors: Any, results: Any) -> None:
-        """Run them for M, V and C at these addresses."""
-        self._function(*self._before, matrices, self._leading, vectors, *self._between, results, *self._after)
+    def __call__(self) -> None:
+        """Run them."""
+        self._function(*self._arguments)
 
 
 def takes_mixed_rows(x: Tensor, layers: Sequence[LinearTensors]) -> bool:

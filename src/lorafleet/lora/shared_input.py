@@ -42,11 +42,19 @@ class SharedInput:
             if waiting is not None and self._changes == x._version:
                 return waiting
         # Tensors of inference mode do not say when they were changed.
-        if x.is_inference() or any(one.training and any(one.dropouts) for one in self.layers):
+        if x.is_inference() or self._drops:
             return outputs([layer], x)[0]
-        self._waiting = dict(zip(map(id, self.layers), outputs(self.layers, x, self.joint), strict=True))
+        self._waiting = dict(zip(map(id, self.layers), self.answers(x), strict=True))
         self._input, self._state, self._changes = ref(x), state, x._version
         return self._waiting.pop(id(layer))
+
+    def answers(self, x: Tensor) -> list[Tensor]:
+        """Every layer's output for ``x (..., in)``."""
+        return [outputs([layer], x)[0] for layer in self.layers] if self._drops else outputs(self.layers, x, self.joint)
+
+    @property
+    def _drops(self) -> bool:
+        return any(one.training and any(one.dropouts) for one in self.layers)
 
 
 def share_inputs(layers: Sequence[LoraLinear], run: Callable[[], object]) -> list[SharedInput]:

@@ -234,7 +234,7 @@ def use_flat_attention(model: PreTrainedModel) -> bool:
             model.set_attn_implementation(FLAT)
             inputs = flat_inputs(ids[:, shared.kept], positions[:, shared.kept], FlatLayout((4, 7), shared))
             together = model(**inputs).logits[0, shared.place]
-            reason = _difference(together, alone)
+            reason = difference(together, alone)
         except (UnsupportedAttention, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
             reason = f"{type(error).__name__}: {error}"
     if reason is None:
@@ -266,7 +266,7 @@ def use_cached_attention(model: PreTrainedModel) -> bool:
                 logits = model(**flat_inputs(ids[positions[0]][None], positions, layout.to(device))).logits[0]
                 if len(rows) == 2:
                     found = logits[[0, 3]]
-            reason = _difference(torch.cat([found[:1], logits[-1:], found[1:]]), wanted)
+            reason = difference(torch.cat([found[:1], logits[-1:], found[1:]]), wanted)
         except (UnsupportedAttention, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
             reason = f"{type(error).__name__}: {error}"
     if reason is not None:
@@ -274,7 +274,8 @@ def use_cached_attention(model: PreTrainedModel) -> bool:
     return reason is None
 
 
-def _difference(together: Tensor, alone: Tensor) -> str | None:
+def difference(together: Tensor, alone: Tensor) -> str | None:
+    """How two results that should be the same differ beyond rounding; None where they do not."""
     if together.shape != alone.shape:
         return f"logits have shape {tuple(together.shape)}, not {tuple(alone.shape)}"
     if together.is_meta:

@@ -1,0 +1,173 @@
+"""A step of decoding through the layers of Llama's family, without transformers' modules around the arithmetic.
+
+A step of few rows is hundreds of small calls, and modules, their decorators and lookups took as long as the arithmetic
+between the products. What they compute is repeated here: rotary positions (Su et al. 2021, arXiv 2104.09864), a gated
+MLP (Shazeer 2020, arXiv 2002.05202) and RMS norms. Embedding and projections stay the model's own modules.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lorafleet.lora.layer import LoraLinear
+from lorafleet.lora.shared_input import SharedInput
+from lorafleet.models.attention import difference, flat_inputs
+from lorafleet.models.cached_attention import CachedLayout, KeyValueCache
+
+logger = logging.getLogger(__name__)
+
+_WINDOWS: dict[str, Callable[[Any], int | None]] = {
+    "transformers.models.llama.modeling_llama.LlamaModel": lambda attention: None,
+    "transformers.models.mistral.modeling_mistral.MistralModel": lambda attention: attention.config.sliding_window,
+    "transformers.models.qwen2.modeling_qwen2.Qwen2Model": lambda attention: attention.sliding_window,
+    "transformers.models.qwen3.modeling_qwen3.Qwen3Model": lambda attention: attention.sliding_window,
+}
+"""How many tokens an attention module of each class sees."""
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One decoder layer: its modules by name, looked up at each call as adapters replace them."""
+
+    number: int
+    own: dict[str, Any]
+    attention: dict[str, Any]
+    mlp: dict[str, Any]
+    dim: int
+    scaling: float
+    window: int | None
+
+
+class LeanLayers:
+    """A decoder's forward by cached decoding; as transformers' own, with other rounding.
+
+    Where something listens between the modules that are gone around, or has replaced one, the decoder itself is called.
+
+    Args:
+        decoder: The part of a model before its head, of a class that ``lean`` knows.
+    """
+
+    def __init__(self, decoder: Any) -> None:
+        self.decoder = decoder
+        self.window_of, self.norm = _WINDOWS[_class_of(decoder)], type(decoder.norm)
+        self.layers = [self._layer(number, layer) for number, layer in enumerate(decoder.layers)]
+        around = [decoder, *(module for layer in decoder.layers for module in (layer, layer.self_attn, layer.mlp))]
+        self._hooks = [hooks for one in around for hooks in (one._forward_hooks, one._forward_pre_hooks)]
+        self._replaceable = [
+            (layer.own, name, layer.own[name]) for layer in self.layers for name in ("self_attn", "mlp")
+        ]
+
+    def _layer(self, number: int, layer: Any) -> _Layer:
+        attention = layer.self_attn
+        return _Layer(
+            number,
+            layer._modules,
+            attention._modules,
+            layer.mlp._modules,
+            attention.head_dim,
+            attention.scaling,
+            self.window_of(attention),
+        )
+
+    @property
+    def _as_built(self) -> bool:
+        return not any(self._hooks) and all(modules[name] is module for modules, name, module in self._replaceable)
+
+    def __call__(
+        self, *, input_ids: Tensor, position_ids: Tensor, flat_layout: CachedLayout, **rest: Any
+    ) -> tuple[Tensor]:
+        """The last hidden states ``(1, tokens, hidden)`` of a flat batch; arguments as ``flat_inputs`` gives them."""
+        if not self._as_built:
+            inputs = {"input_ids": input_ids, "position_ids": position_ids, "flat_layout": flat_layout}
+            return cast("tuple[Tensor]", self.decoder(**inputs, **rest))
+        x = self.decoder.embed_tokens(input_ids)
+        cos, sin = (part[0][:, None] for part in self.decoder.rotary_emb(x, position_ids))
+        half = sin.shape[-1] // 2
+        signed = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
+        x = x[0]
+        for layer in self.layers:
+            x = x + self._attention(layer, self._normed(layer.own["input_layernorm"], x), cos, signed, flat_layout)
+            x = x + _mlp(layer.mlp, self._normed(layer.own["post_attention_layernorm"], x))
+        return (self._normed(self.decoder.norm, x)[None],)
+
+    def _normed(self, norm: Any, x: Tensor) -> Tensor:
+        """RMS norm (Zhang and Sennrich 2019, arXiv 1910.07467) in float32, as transformers has it, in one call."""
+        if (
+            norm.__class__ is not self.norm or _is_heard(norm) or x.dtype == torch.float64
+        ):  # which transformers' norm would round
+            return cast(Tensor, norm(x))
+        scaled = F.rms_norm(x.float(), x.shape[-1:], None, norm.variance_epsilon)
+        return cast(Tensor, norm.weight * scaled.to(x.dtype))
+
+    def _attention(self, layer: _Layer, x: Tensor, cos: Tensor, signed: Tensor, layout: CachedLayout) -> Tensor:
+        """Attention of tokens ``x (tokens, hidden)`` at the positions of ``cos (tokens, 1, dim)``."""
+        modules = layer.attention
+        projections = _together([modules["q_proj"], modules["k_proj"], modules["v_proj"]], x)
+        q, k, v = (part.view(len(x), -1, layer.dim) for part in projections)
+        if "q_norm" in modules:
+            q, k = self._normed(modules["q_norm"], q), self._normed(modules["k_norm"], k)
+        q, k = _turned(q, cos, signed), _turned(k, cos, signed)
+        q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))
+        out = layout.attend(layer.number, q, k, v, layer.scaling, layer.window)
+        return cast(Tensor, modules["o_proj"](out.reshape(len(x), -1)))
+
+
+def _turned(x: Tensor, cos: Tensor, signed: Tensor) -> Tensor:
+    """Rotary positions: ``x·cos + (-x2, x1)·sin`` for halves ``x1, x2``; the sign is in ``signed`` already."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), signed)
+
+
+def _mlp(modules: dict[str, Any], x: Tensor) -> Tensor:
+    gate, up = _together([modules["gate_proj"], modules["up_proj"]], x)
+    return cast(Tensor, modules["down_proj"](modules["act_fn"](gate) * up))
+
+
+def _together(layers: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
+    """What layers answer that read the same ``x``, in one call where they are prepared for that."""
+    first = layers[0]
+    shared = first.shared_input if isinstance(first, LoraLinear) and first.router.merged_slot is None else None
+    if not isinstance(shared, SharedInput) or shared.layers != layers or any(map(_is_heard, layers)):
+        return [layer(x) for layer in layers]
+    return shared.answers(x)
+
+
+def _is_heard(module: nn.Module) -> bool:
+    """Whether hooks wait for a call of the module."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _class_of(decoder: nn.Module) -> str:
+    return f"{type(decoder).__module__}.{type(decoder).__qualname__}"
+
+
+def lean(decoder: Callable[..., Any]) -> Callable[..., Any]:
+    """The decoder's layers without their modules, if they are known and give the same; else the decoder.
+
+    Args:
+        decoder: The part of a model before its head.
+    """
+    if not isinstance(decoder, nn.Module) or _class_of(decoder) not in _WINDOWS:
+        return decoder
+    # Whoever has put another forward into a module wants it to be called.
+    if any("forward" in module.__dict__ for module in decoder.modules()):
+        return decoder
+    device = next(decoder.parameters()).device
+    ids, found = torch.arange(5, device=device)[None], list[Tensor]()
+    try:
+        layers = LeanLayers(decoder)
+        for body in (decoder, layers):
+            layout = CachedLayout(KeyValueCache(2, 5), [1, 0], [0, 0], [1, 4]).to(device)
+            positions = torch.tensor([layout.positions], device=device)
+            found.append(body(**flat_inputs(ids, positions, layout))[0])
+        reason = difference(*found)
+    except (AttributeError, KeyError, TypeError, RuntimeError) as error:  # another release of transformers
+        reason = f"{type(error).__name__}: {error}"
+    if reason is None:
+        return layers
+    logger.info("%s is decoded by its own modules (%s)", type(decoder).__name__, reason)
+    return decoder

@@ -1,0 +1,160 @@
+"""Layers without transformers' modules answer as the decoder does, and step aside where they would not."""
+
+import re
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lorafleet.generation.lean as module
+from lorafleet.config import GenerationConfig
+from lorafleet.generation.decoder import Decoder
+from lorafleet.generation.lean import LeanLayers, lean
+from lorafleet.generation.request import Request
+from lorafleet.lora import LoraBank
+from lorafleet.models.attention import flat_inputs, use_cached_attention
+from lorafleet.models.cached_attention import CachedLayout, KeyValueCache
+from lorafleet.models.head import plain_decoder
+from lorafleet.models.load import Base
+from tests.generation.tiny_bank import tiny_base, trained_bank
+from tests.tiny import ARCHITECTURES
+
+KNOWN = ("llama", "mistral", "qwen2", "qwen3")
+PROMPTS = [[5, 9, 7], [40, 41, 42, 43, 44, 45, 46, 47], [300], [12, 13, 14, 15, 16]]
+
+
+def body_of(base: Base) -> nn.Module:
+    assert use_cached_attention(base.model)
+    decoder = plain_decoder(base.model)
+    assert isinstance(decoder, nn.Module)
+    return decoder
+
+
+def both(base: Base, bank: LoraBank, *, whole: bool) -> list[Tensor]:
+    """The hidden states of every step of a mixed decoding, by the layers as found or by the decoder itself."""
+    decoder, states = Decoder(base, bank, 3), list[Tensor]()
+    body = decoder._body
+    assert isinstance(body, LeanLayers)
+    called = body.decoder if whole else body
+
+    def record(**inputs: object) -> tuple[Tensor]:
+        found: tuple[Tensor] = called(**inputs)
+        states.append(found[0])
+        return found
+
+    decoder._body = record
+    decoder.speed_up()
+    for prompt, slot in zip(PROMPTS, [0, -1, 1, 2], strict=True):
+        decoder.submit(Request(prompt, slot, GenerationConfig(max_new_tokens=9), 0, frozenset()))
+    while decoder.busy:
+        decoder.step()
+    return states
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("arch", KNOWN)
+def test_layers_equal_the_decoder(arch: str, dtype: torch.dtype) -> None:
+    window = {"sliding_window": 6} if arch == "mistral" else {}
+    base = tiny_base(arch, dtype, **window)
+    bank = trained_bank(base, bias="all" if arch == "qwen2" else "none")
+    wanted, found = both(base, bank, whole=True), both(base, bank, whole=False)
+    assert len(found) == len(wanted) > 9
+    for one, other in zip(found, wanted, strict=True):
+        assert one.shape == other.shape
+        assert (one - other).abs().max() < (1e-5 if dtype == torch.float32 else 1e-12) * other.abs().max()
+
+
+def test_half_of_qwen2s_layers_may_have_a_window() -> None:
+    knobs = {"use_sliding_window": True, "sliding_window": 4, "layer_types": ["full_attention", "sliding_attention"]}
+    base = tiny_base("qwen2", **knobs)
+    body = lean(body_of(base))
+    assert isinstance(body, LeanLayers)
+    assert [layer.window for layer in body.layers] == [None, 4]
+    bank = trained_bank(base)
+    pairs = zip(both(base, bank, whole=True), both(base, bank, whole=False), strict=True)
+    assert all(torch.allclose(one, other, rtol=0, atol=1e-12) for one, other in pairs)
+
+
+@pytest.mark.parametrize("arch", [one for one in ARCHITECTURES if one not in KNOWN])
+def test_other_classes_are_left_alone(arch: str) -> None:
+    decoder = body_of(tiny_base(arch))
+    assert lean(decoder) is decoder
+
+
+def test_layers_that_compute_otherwise_are_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    decoder = body_of(tiny_base())
+    monkeypatch.setattr(module, "_turned", lambda x, cos, signed: x * cos)
+    assert lean(decoder) is decoder
+    assert re.search("LlamaModel is decoded by its own modules .logits differ by .* relative", caplog.text)
+
+
+def test_a_class_with_other_modules_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    decoder = body_of(tiny_base("gemma", torch.float32))
+    monkeypatch.setitem(module._WINDOWS, module._class_of(decoder), lambda attention: None)
+    assert lean(decoder) is decoder
+    assert "no attribute 'variance_epsilon'" in caplog.text
+
+
+def test_another_forward_is_called() -> None:
+    decoder = body_of(tiny_base())
+    mlp = decoder.get_submodule("layers.1.mlp")
+    mlp.forward = lambda x: 0 * x  # type: ignore[method-assign]
+    assert lean(decoder) is decoder
+
+
+def step(body: LeanLayers) -> Tensor:
+    layout = CachedLayout(KeyValueCache(1, 4), [0], [0], [4])
+    with torch.no_grad():
+        return body(**flat_inputs(torch.tensor([[5, 6, 7, 8]]), torch.arange(4)[None], layout))[0]
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["layers.1", "layers.0.mlp", "layers.1.self_attn", "layers.0.mlp.up_proj", "layers.1.input_layernorm", "norm"],
+)
+def test_hooks_are_heard(path: str) -> None:
+    base = tiny_base(dtype=torch.float32)
+    body = lean(body_of(base))
+    assert isinstance(body, LeanLayers)
+    bank, before = trained_bank(base), step(body)
+    bank.speed_up(lambda: base.model(input_ids=torch.tensor([[1, 2]]), use_cache=False), training=False)
+    heard = list[nn.Module]()
+    hook = base.model.get_submodule(f"model.{path}").register_forward_hook(lambda one, *_: heard.append(one))
+    after = step(body)
+    assert len(heard) == 1
+    assert torch.allclose(after, before, rtol=1e-4, atol=1e-4)
+    hook.remove()
+    step(body)
+    assert len(heard) == 1
+
+
+@pytest.mark.parametrize("name", ["mlp", "input_layernorm", "embed_tokens"])
+def test_modules_of_a_slot_take_part(name: str) -> None:
+    base = tiny_base()
+    body = body_of(base)
+    layers = lean(body)
+    assert isinstance(layers, LeanLayers)
+    targets = ["q_proj"] if name == "mlp" else ["gate_proj"]
+    bank = trained_bank(base, (2,), target_modules=targets, modules_to_save=[name])
+    assert any(path.endswith(name) for path in bank.saved)
+    layout = CachedLayout(KeyValueCache(1, 4), [0], [0], [4])
+    with torch.no_grad():
+        wanted = body(**flat_inputs(torch.tensor([[5, 6, 7, 8]]), torch.arange(4)[None], layout))[0]
+    assert torch.allclose(step(layers), wanted, rtol=0, atol=1e-12)
+
+
+def test_merged_layers_answer_merged() -> None:
+    base = tiny_base()
+    layers = lean(body_of(base))
+    assert isinstance(layers, LeanLayers)
+    bank = trained_bank(base)
+    bank.speed_up(lambda: base.model(input_ids=torch.tensor([[1, 2]]), use_cache=False), training=False)
+    wanted = step(layers)  # without a routing all goes to slot 0
+    bank.merge(0)
+    assert torch.allclose(step(layers), wanted, rtol=1e-9, atol=1e-9)
