@@ -82,6 +82,24 @@ def test_prepared_weights_change_rounding_only() -> None:
         assert (torch.stack(request.logits) - one).abs().max() < 1e-5 * one.abs().max()
 
 
+def test_weights_may_be_prepared_while_requests_run() -> None:
+    base = tiny_base(dtype=torch.float32)
+    bank = trained_bank(base, target_modules=["q_proj", "k_proj", "v_proj"])
+    requests = [Recorded(p, s, [7, 8, 9, 10]) for p, s in zip(PROMPTS, SLOTS, strict=True)]
+    wanted = [solo(base, bank, request) for request in requests]
+    bank.speed_up(lambda: base.model(input_ids=torch.tensor([[1, 2]]), use_cache=False), training=True)
+    decoder = Decoder(base, bank, 5)
+    for request in requests:
+        decoder.submit(request)
+    for _ in range(2):
+        decoder.step()
+    decoder.speed_up()
+    while decoder.busy:
+        decoder.step()
+    for request, logits in zip(requests, wanted, strict=True):
+        assert torch.allclose(torch.stack(request.logits), logits, rtol=1e-4, atol=1e-4)
+
+
 def test_a_row_goes_on_from_what_it_has_read_for_the_same_owner() -> None:
     base = tiny_base()
     bank = trained_bank(base)

@@ -101,17 +101,19 @@ def test_a_class_with_other_modules_is_left_alone(
     assert "no attribute 'variance_epsilon'" in caplog.text
 
 
-def test_another_forward_is_called() -> None:
+def test_listeners_at_the_first_look_are_not_gone_around() -> None:
     decoder = body_of(tiny_base())
-    mlp = decoder.get_submodule("layers.1.mlp")
-    mlp.forward = lambda x: 0 * x  # type: ignore[method-assign]
+    mlp, heard = decoder.get_submodule("layers.1.mlp"), list[int]()
+    own = mlp.forward
+    mlp.forward = lambda x: (heard.append(1), own(x))[1]  # type: ignore[method-assign,func-returns-value]
     assert lean(decoder) is decoder
+    assert heard
 
 
-def step(body: LeanLayers) -> Tensor:
-    layout = CachedLayout(KeyValueCache(1, 4), [0], [0], [4])
+def step(body: LeanLayers, tokens: int = 4) -> Tensor:
+    layout = CachedLayout(KeyValueCache(1, tokens), [0], [0], [tokens])
     with torch.no_grad():
-        return body(**flat_inputs(torch.tensor([[5, 6, 7, 8]]), torch.arange(4)[None], layout))[0]
+        return body(**flat_inputs(torch.arange(5, 5 + tokens)[None], torch.arange(tokens)[None], layout))[0]
 
 
 @pytest.mark.parametrize(
@@ -134,7 +136,24 @@ def test_hooks_are_heard(path: str) -> None:
     assert len(heard) == 1
 
 
-@pytest.mark.parametrize("name", ["mlp", "input_layernorm", "embed_tokens"])
+def test_changes_of_the_model_take_part() -> None:
+    base = tiny_base()
+    decoder = body_of(base)
+    layers = lean(decoder)
+    assert isinstance(layers, LeanLayers)
+    before, second = step(layers), decoder.get_submodule("layers.1")
+    decoder.layers[1] = decoder.layers[0]  # type: ignore[index,operator]
+    assert not torch.allclose(step(layers), before)
+    decoder.layers[1] = second  # type: ignore[index,operator]
+    assert torch.allclose(step(layers), before)
+    base.model.config.num_hidden_layers = 1
+    assert not torch.allclose(step(layers), before)
+    base.model.config.num_hidden_layers = 2
+    second.mlp.forward = lambda x: 0 * x  # type: ignore[union-attr,assignment,method-assign]
+    assert not torch.allclose(step(layers), before)
+
+
+@pytest.mark.parametrize("name", ["mlp", "input_layernorm", "norm", "embed_tokens"])
 def test_modules_of_a_slot_take_part(name: str) -> None:
     base = tiny_base()
     body = body_of(base)
@@ -155,6 +174,7 @@ def test_merged_layers_answer_merged() -> None:
     assert isinstance(layers, LeanLayers)
     bank = trained_bank(base)
     bank.speed_up(lambda: base.model(input_ids=torch.tensor([[1, 2]]), use_cache=False), training=False)
-    wanted = step(layers)  # without a routing all goes to slot 0
+    wanted = step(layers, 4)  # without a routing all goes to slot 0
     bank.merge(0)
-    assert torch.allclose(step(layers), wanted, rtol=1e-9, atol=1e-9)
+    found = step(layers, 3)  # of another length, for which nothing is laid out yet
+    assert torch.allclose(found, wanted[:, :3], rtol=1e-9, atol=1e-9)

@@ -32,6 +32,7 @@ class SharedInput:
     def pack(self) -> None:
         """Lay the layers' weights out as one, for answering without gradients."""
         self.joint = join_weights(self.layers)
+        self.layers[0].router.version += 1  # plans know where outputs lie, which are columns of one tensor now
 
     def __call__(self, layer: LoraLinear, x: Tensor) -> Tensor:
         """``layer``'s output for ``x (..., in)``; those with dropout have masks of their own and compute alone."""
