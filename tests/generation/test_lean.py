@@ -101,13 +101,12 @@ def test_a_class_with_other_modules_is_left_alone(
     assert "no attribute 'variance_epsilon'" in caplog.text
 
 
-def test_listeners_at_the_first_look_are_not_gone_around() -> None:
+def test_listeners_at_the_first_look_are_not_gone_around(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = body_of(tiny_base())
-    mlp, heard = decoder.get_submodule("layers.1.mlp"), list[int]()
+    mlp = decoder.get_submodule("layers.1.mlp")
     own = mlp.forward
-    mlp.forward = lambda x: (heard.append(1), own(x))[1]  # type: ignore[method-assign,func-returns-value]
+    monkeypatch.setattr(mlp, "forward", lambda x: own(x))  # which answers as before
     assert lean(decoder) is decoder
-    assert heard
 
 
 def step(body: LeanLayers, tokens: int = 4) -> Tensor:
@@ -136,36 +135,37 @@ def test_hooks_are_heard(path: str) -> None:
     assert len(heard) == 1
 
 
-def test_changes_of_the_model_take_part() -> None:
+def test_changes_of_the_model_take_part(monkeypatch: pytest.MonkeyPatch) -> None:
     base = tiny_base()
     decoder = body_of(base)
     layers = lean(decoder)
     assert isinstance(layers, LeanLayers)
-    before, second = step(layers), decoder.get_submodule("layers.1")
-    decoder.layers[1] = decoder.layers[0]  # type: ignore[index,operator]
-    assert not torch.allclose(step(layers), before)
-    decoder.layers[1] = second  # type: ignore[index,operator]
-    assert torch.allclose(step(layers), before)
-    base.model.config.num_hidden_layers = 1
-    assert not torch.allclose(step(layers), before)
-    base.model.config.num_hidden_layers = 2
-    second.mlp.forward = lambda x: 0 * x  # type: ignore[union-attr,assignment,method-assign]
-    assert not torch.allclose(step(layers), before)
+    before, own = step(layers), decoder.get_submodule("layers")
+    assert isinstance(own, nn.ModuleList)
+    changes = [(own._modules, "1", own[0]), (base.model.config.__dict__, "num_hidden_layers", 1)]
+    changes.append((own[1].get_submodule("mlp").__dict__, "forward", lambda x: 0 * x))
+    for place, name, value in changes:
+        with monkeypatch.context() as change:
+            change.setitem(place, name, value)
+            assert not torch.allclose(step(layers), before)
+        assert torch.equal(step(layers), before)
 
 
 @pytest.mark.parametrize("name", ["mlp", "input_layernorm", "norm", "embed_tokens"])
 def test_modules_of_a_slot_take_part(name: str) -> None:
-    base = tiny_base()
+    base = tiny_base(dtype=torch.float32)
     body = body_of(base)
     layers = lean(body)
     assert isinstance(layers, LeanLayers)
     targets = ["q_proj"] if name == "mlp" else ["gate_proj"]
     bank = trained_bank(base, (2,), target_modules=targets, modules_to_save=[name])
     assert any(path.endswith(name) for path in bank.saved)
+    later = lean(body)  # a module that is gone around is no longer the model's
+    assert (later is body) == (name == "mlp")
     layout = CachedLayout(KeyValueCache(1, 4), [0], [0], [4])
     with torch.no_grad():
         wanted = body(**flat_inputs(torch.tensor([[5, 6, 7, 8]]), torch.arange(4)[None], layout))[0]
-    assert torch.allclose(step(layers), wanted, rtol=0, atol=1e-12)
+    assert torch.allclose(step(layers), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_merged_layers_answer_merged() -> None:

@@ -53,28 +53,12 @@ class LeanLayers:
     """
 
     def __init__(self, decoder: Any) -> None:
-        self.decoder = decoder
-        self.window_of, self.home = _WINDOWS[_class_of(decoder)], type(decoder).__module__
-        self.layers = [self._layer(number, layer) for number, layer in enumerate(decoder.layers)]
-        own = [(layer.own, name) for layer in self.layers for name in ("self_attn", "mlp")]
-        places = [
-            (decoder._modules, "layers"),
-            *((decoder.layers._modules, name) for name in decoder.layers._modules),
-            *own,
-        ]
+        self.decoder, self.home = decoder, type(decoder).__module__
+        window_of = _WINDOWS[_class_of(decoder)]
+        self.layers = [_layer(number, layer, window_of) for number, layer in enumerate(decoder.layers)]
+        places = [(decoder._modules, "layers"), *((decoder.layers._modules, name) for name in decoder.layers._modules)]
+        places += [(layer.own, name) for layer in self.layers for name in ("self_attn", "mlp")]
         self._around = [(modules, name, modules[name]) for modules, name in places]
-
-    def _layer(self, number: int, layer: Any) -> _Layer:
-        attention = layer.self_attn
-        return _Layer(
-            number,
-            layer._modules,
-            attention._modules,
-            layer.mlp._modules,
-            attention.head_dim,
-            attention.scaling,
-            self.window_of(attention),
-        )
 
     @property
     def as_built(self) -> bool:
@@ -102,9 +86,8 @@ class LeanLayers:
 
     def _normed(self, norm: Any, x: Tensor) -> Tensor:
         """RMS norm (Zhang and Sennrich 2019, arXiv 1910.07467) in float32, as transformers has it, in one call."""
-        if (
-            type(norm).__module__ != self.home or _is_heard(norm) or x.dtype == torch.float64
-        ):  # which transformers' norm would round
+        # Transformers' norm rounds float64 to float32; float64 is for comparing with it.
+        if type(norm).__module__ != self.home or _is_heard(norm) or x.dtype == torch.float64:
             return cast(Tensor, norm(x))
         scaled = F.rms_norm(x.float(), x.shape[-1:], None, norm.variance_epsilon)
         return cast(Tensor, norm.weight * scaled.to(x.dtype))
@@ -120,6 +103,12 @@ class LeanLayers:
         q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))
         out = layout.attend(layer.number, q, k, v, layer.scaling, layer.window)
         return cast(Tensor, modules["o_proj"](out.reshape(len(x), -1)))
+
+
+def _layer(number: int, layer: Any, window_of: Callable[[Any], int | None]) -> _Layer:
+    attention, own = layer.self_attn, layer._modules
+    parts = (own, attention._modules, layer.mlp._modules)
+    return _Layer(number, *parts, attention.head_dim, attention.scaling, window_of(attention))
 
 
 def _turned(x: Tensor, cos: Tensor, signed: Tensor) -> Tensor:

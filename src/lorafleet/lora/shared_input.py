@@ -45,7 +45,7 @@ class SharedInput:
         # Tensors of inference mode do not say when they were changed.
         if x.is_inference() or self._drops:
             return outputs([layer], x)[0]
-        self._waiting = dict(zip(map(id, self.layers), self.answers(x), strict=True))
+        self._waiting = dict(zip(map(id, self.layers), outputs(self.layers, x, self.joint), strict=True))
         self._input, self._state, self._changes = ref(x), state, x._version
         return self._waiting.pop(id(layer))
 
