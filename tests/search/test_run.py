@@ -320,8 +320,8 @@ def test_a_grid_meets_at_its_rungs_though_a_pass_holds_fewer(place: Path, monkey
     asked = []
 
     def in_passes_of_two(*args: Any) -> tuple[int, int]:
-        asked.append(args[-1])
-        return args[-1], 2
+        asked.append(args[-2])
+        return args[-2], 2
 
     given = tune(settings(place, "given", population_size=9))
     monkeypatch.setattr("lorafleet.search.worker.measured_capacity", in_passes_of_two)

@@ -23,16 +23,21 @@ def loss_model() -> LossModel:
 
 
 @pytest.mark.parametrize(
-    ("one", "two", "wanted", "fitting"),
+    ("one", "two", "wanted", "tokens", "fitting"),
     [
-        (100, 130, 1, (15, 15)),
-        (100, 130, 15, (15, 15)),
-        (100, 130, 16, (16, 15)),
-        (100, 130, 40, (40, 7)),
-        (100, 130, 1000, (60, 1)),
-        (100, 100, 1000, (60, 60)),
-        (900, 1200, 16, (1, 1)),
-        (None, None, 16, (1, 1)),
+        (100, 130, 1, 8, (15, 15)),
+        (100, 130, 15, 8, (15, 15)),
+        (100, 130, 16, 8, (16, 15)),
+        (100, 130, 40, 8, (40, 7)),
+        (100, 130, 1000, 8, (60, 1)),
+        (100, 100, 1000, 8, (60, 60)),
+        (900, 1200, 16, 8, (1, 1)),
+        (None, None, 16, 8, (1, 1)),
+        (100, 130, 1, 100, (11, 11)),
+        (100, 130, 16, 100, (16, 11)),
+        (100, 130, 40, 100, (40, 7)),
+        (100, 130, 1, 5000, (1, 1)),
+        (100, 130, 4, 5000, (4, 1)),
     ],
 )
 def test_what_the_second_needs_more_is_what_each_further_one_needs(
@@ -41,12 +46,14 @@ def test_what_the_second_needs_more_is_what_each_further_one_needs(
     one: int | None,
     two: int | None,
     wanted: int,
+    tokens: float,
     fitting: tuple[int, int],
 ) -> None:
     needs = iter([one, two])
     monkeypatch.setattr(capacity, "memory_of", lambda run, device: (run(), next(needs))[1])
     monkeypatch.setattr(capacity, "free_memory_bytes", lambda device: 1000)
-    assert adapters_that_fit(loss_model, make_rows(1), (0, 1), slot_bytes=2, share=0.7, wanted=wanted) == fitting
+    asked = {"slot_bytes": 2, "share": 0.7, "wanted": wanted, "tokens": tokens}
+    assert adapters_that_fit(loss_model, make_rows(1), (0, 1), **asked) == fitting
     assert loss_model.bank is not None
     assert all(one.grad is None for one in loss_model.bank.slot_parameters(0).values())
 

@@ -252,10 +252,11 @@ class Waiting:
         for member in evaluated:
             member.progress.status = "pruned"
 
-    def ended(self, member: Member) -> None:
-        if member.progress.status == "finished":
-            self.results[member.name] = trained(member)
-        self.statuses[member.name] = member.progress.status
+    def ended(self, members: Sequence[Member]) -> None:
+        for member in members:
+            if member.progress.status == "finished":
+                self.results[member.name] = trained(member)
+            self.statuses[member.name] = member.progress.status
 
 
 def train_queue(
@@ -364,9 +365,9 @@ def leak_optimizer(queue: AdapterQueue, monkeypatch: pytest.MonkeyPatch) -> None
     before: dict[int, list[Tensor]] = {}
     place, dismiss = queue.place, queue.dismiss
 
-    def leaking_dismiss(member: Member) -> None:
-        before[member.slot] = member.optimizer.exp_avg_sq
-        dismiss(member)
+    def leaking_dismiss(members: Sequence[Member]) -> None:
+        before.update((member.slot, member.optimizer.exp_avg_sq) for member in members)
+        dismiss(members)
 
     def leaking_place(candidate: Candidate, slot: int) -> Member:
         member = place(candidate, slot)

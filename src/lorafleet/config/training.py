@@ -56,7 +56,10 @@ class PopulationConfig(Section):
     """How many adapters train together."""
 
     population_size: int | None = knob(
-        None, "Adapters that train together. By memory when not given.", names=("population",), ge=1
+        None,
+        "Adapters that train together. By memory and, on a CPU, speed when not given.",
+        names=("population",),
+        ge=1,
     )
     max_memory: float = knob(0.7, "Part of the free memory that the population may take.", gt=0, le=1)
 

@@ -3,6 +3,7 @@
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ from lorafleet.training.queue import Candidate
 from lorafleet.training.result import write_trained
 
 logger = logging.getLogger(__name__)
+
+WRITERS = 2
+"""Adapters that are written at a time."""
 
 
 @dataclass(frozen=True)
@@ -110,18 +114,23 @@ class FleetCandidates:
     def judge(self, evaluated: Sequence[Member]) -> None:
         """Nobody is judged while it trains."""
 
-    def ended(self, member: Member) -> None:
-        """Keep the adapter of a member that has ended; of one that failed, that it did."""
-        self.outcomes[member.name] = member.progress.status
-        self.steps[member.name], self.tokens[member.name] = member.progress.step, member.progress.tokens
-        if member.progress.status == "finished":
-            one = self.members[member.name]
-            config = self.bank.configs[member.slot]
-            assert config is not None
-            method = Method("lora", "lora", config, member.config)
-            # Of an earlier end, after which the run went back: its files may be the registry's too.
-            shutil.rmtree(one.folder, ignore_errors=True)
-            write_trained(one.folder, self.base, member, method, one.data, one.plan.data, {})
+    def ended(self, members: Sequence[Member]) -> None:
+        """Keep the adapters of members that have ended; of those that failed, that they did."""
+        for member in members:
+            self.outcomes[member.name] = member.progress.status
+            self.steps[member.name], self.tokens[member.name] = member.progress.step, member.progress.tokens
+        finished = [member for member in members if member.progress.status == "finished"]
+        with ThreadPoolExecutor(WRITERS) as pool:  # hashing and the disk leave the interpreter to others
+            list(pool.map(self._write, finished))
+
+    def _write(self, member: Member) -> None:
+        one = self.members[member.name]
+        config = self.bank.configs[member.slot]
+        assert config is not None
+        method = Method("lora", "lora", config, member.config)
+        # Of an earlier end, after which the run went back: its files may be the registry's too.
+        shutil.rmtree(one.folder, ignore_errors=True)
+        write_trained(one.folder, self.base, member, method, one.data, one.plan.data, {})
 
     def note(self, event: Event) -> None:
         """Keep why a member failed."""

@@ -1,9 +1,11 @@
-"""Training of a whole fleet as one population that fills the memory budget."""
+"""Training of a whole fleet as one population."""
 
 import logging
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from lorafleet.errors import TrainingError
 from lorafleet.evaluation.token_loss import LossModel
 from lorafleet.fleets.members import FleetCandidates
 from lorafleet.fleets.plan import FleetPlan
-from lorafleet.training.capacity import measured_capacity
+from lorafleet.training.capacity import adapters_of_a_pass, measured_capacity
 from lorafleet.training.checkpoint import RunState
 from lorafleet.training.events import Event, Failed, Finished, Saved, StepDone
 from lorafleet.training.queued import train_queued
@@ -79,17 +81,19 @@ def identity(plan: FleetPlan, candidates: FleetCandidates) -> dict[str, Any]:
 
 
 def _capacity(plan: FleetPlan, loss_model: LossModel, candidates: FleetCandidates) -> tuple[int, int | None]:
-    """How many train together, and how many of them in one pass: by memory, where nobody says."""
-    wanted = len(candidates.members)
-    if plan.population.population_size is not None:
-        return min(plan.population.population_size, wanted), None
+    """How many train together, and how many of them in one pass: where nobody says, by memory and speed."""
     members = candidates.members.values()
-    size = max(one.plan.training.per_device_train_batch_size for one in members)
+    sizes = [min(one.plan.training.per_device_train_batch_size, len(one.data.train)) for one in members]
+    tokens = fmean(size * one.data.train.lengths.mean() for size, one in zip(sizes, members, strict=True))
+    if plan.population.population_size is not None:
+        return min(plan.population.population_size, len(members)), adapters_of_a_pass(tokens, loss_model.device)
+    size = max(sizes)
     longest = max(members, key=lambda one: int(np.sort(one.data.train.lengths)[-size:].sum())).data.train
     rows = [longest[int(i)] for i in longest.lengths.argsort()[-size:]]
     shapes, share = [one.plan.lora for one in members], plan.population.max_memory
-    fitting, together = measured_capacity(loss_model, candidates.bank, shapes, rows, share, wanted)
-    return min(fitting, wanted), together
+    fitting, together = measured_capacity(loss_model, candidates.bank, shapes, rows, share, 1, tokens)
+    rounds = math.ceil(len(members) / fitting)
+    return math.ceil(len(members) / rounds), together
 
 
 class FleetDisplay:

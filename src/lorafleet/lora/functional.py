@@ -6,6 +6,7 @@ with m a dropout mask already divided by 1-p, and c_k an optional trained change
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -60,7 +61,7 @@ class _LoraLinears(torch.autograd.Function):
             joint = ctx.joint = _join(layers, x)
             mask = joined_mask(layers[0].segments, x)
             h = joint.groups.product(x if mask is None else x * mask, joint.joined_A(layers, x).mT)
-            joint.groups.scale(h, joint.scales)
+            h.mul_(joint.scales)
             for layer, y, part, rank in zip(layers, outputs, h.split(joint.ranks, dim=1), joint.ranks, strict=True):
                 joint.groups.add_product(y, part, joint.transposed_B(layer, rank, x))
                 add_bias(y, layer)
@@ -120,7 +121,7 @@ class _Joint(NamedTuple):
         groups: The products by segment.
         slots: Picks the segments' slots from a tensor of all; a slice, which copies nothing, where they are in a row.
         ranks: Each layer's largest rank: what is past a slot's own is zero and adds nothing.
-        scales: ``(segments, 1, r_1 + … + r_n)``, or one for all of a segment's ranks.
+        scales: Of each row, ``(tokens, r_1 + … + r_n)``, or one for all of a row's ranks; 1 in rows of no segment.
     """
 
     groups: RowGroups
@@ -139,22 +140,40 @@ class _Joint(NamedTuple):
 
 
 def _join(layers: Sequence[LinearTensors], x: Tensor) -> _Joint:
-    segments = layers[0].segments
-    numbers = [s.slot for s in segments]
+    return _joint(
+        tuple((s.slot, s.start, s.stop) for s in layers[0].segments),
+        tuple(max(s.rank for s in layer.segments) for layer in layers),
+        tuple(tuple(s.scaling for s in layer.segments) for layer in layers),
+        tuple(size for layer in layers for size in layer.weight.shape),
+        *(len(x), x.dtype, x.device),
+    )
+
+
+# A pass asks for the same at every layer, once for each group of layers that read the same input.
+@lru_cache(maxsize=16)
+def _joint(
+    segments: tuple[tuple[int, int, int], ...],
+    ranks: tuple[int, ...],
+    scalings: tuple[tuple[float, ...], ...],
+    sizes: tuple[int, ...],
+    tokens: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> _Joint:
+    numbers = [slot for slot, *_ in segments]
     first, stop = numbers[0], numbers[0] + len(numbers)
     in_a_row = numbers == list(range(first, stop))
-    ranks = [max(s.rank for s in layer.segments) for layer in layers]
-    scalings = [[s.scaling for s in layer.segments] for layer in layers]
-    if any(one != scalings[0] for one in scalings):
-        by_layer = x.new_tensor(scalings).T
-        scales = torch.cat([one.expand(-1, rank) for one, rank in zip(by_layer.split(1, 1), ranks, strict=True)], dim=1)
-    else:
-        scales = x.new_tensor(scalings[0])[:, None]
+    widths, by_layer = ([1], scalings[:1]) if len(set(scalings)) == 1 else ([*ranks], scalings)
+    scales = torch.ones(tokens, sum(widths), dtype=dtype)
+    for part, own in zip(scales.split(widths, dim=1), by_layer, strict=True):
+        for (_, start, end), scaling in zip(segments, own, strict=True):
+            part[start:end] = scaling
+    scales = scales.to(device)
     return _Joint(
-        row_groups(segments, x, [*ranks, *(size for layer in layers for size in layer.weight.shape)]),
-        slice(first, stop) if in_a_row else torch.tensor(numbers, device=x.device),
-        ranks,
-        scales[:, None],
+        row_groups([(start, end) for _, start, end in segments], scales, [*ranks, *sizes]),
+        slice(first, stop) if in_a_row else torch.tensor(numbers, device=device),
+        [*ranks],
+        scales,
     )
 
 
@@ -173,7 +192,7 @@ def _low_gradients(
         low.append(groups.product(grad, joint.transposed_B(layer, rank, x).mT))
         grads_B.append(_to_slots(groups.outer_product(part, grad), slots, layer.lora_B))
     joined = groups.join(low)
-    groups.scale(joined, scales)
+    joined.mul_(scales)
     mask = joined_mask(layers[0].segments, x)
     parts = groups.outer_product(joined, x if mask is None else x * mask).split(ranks, dim=1)
     grads_A = [_to_slots(part, slots, layer.lora_A) for layer, part in zip(layers, parts, strict=True)]

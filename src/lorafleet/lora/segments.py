@@ -173,35 +173,23 @@ class RowGroups(NamedTuple):
             return parts[0]
         return torch.cat([*parts], dim=1) if self.longest is None else torch.cat([part.T for part in parts]).T
 
-    def scale(self, x: Tensor, factors: Tensor) -> None:
-        """Multiply each segment's rows of ``x (tokens, n)`` by its own ``factors (segments, 1, n or 1)``, in place."""
-        if self.even:
-            self._entries(x).mul_(factors)
-            return
-        if not any(self.lengths[::2]):
-            lengths = torch.tensor(self.lengths[1::2], device=x.device)
-            x.mul_(factors[:, 0].repeat_interleave(lengths, dim=0, output_size=len(x)))
-            return
-        for part, factor in zip(self._parts(x), factors.unbind(), strict=True):
-            part.mul_(factor)
 
-
-def row_groups(segments: Sequence[LoraSegment], x: Tensor, sizes: Sequence[int]) -> RowGroups:
-    """The rows of ``segments`` in ``x (tokens, in)``, for products with matrices of these ``sizes``."""
+def row_groups(segments: Sequence[tuple[int, int]], x: Tensor, sizes: Sequence[int]) -> RowGroups:
+    """The rows from start to stop of segments in ``x (tokens, …)``, for products with matrices of these ``sizes``."""
     lengths, end = list[int](), 0
-    for s in segments:
-        lengths += [s.start - end, s.stop - s.start]
-        end = s.stop
+    for start, stop in segments:
+        lengths += [start - end, stop - start]
+        end = stop
     lengths.append(len(x) - end)
     full = not any(lengths[::2])
     if len(segments) > 1 and full and len(set(lengths[1::2])) == 1:
         return RowGroups(lengths, even=True)
     # PyTorch's grouped product takes bfloat16 whose rows begin at multiples of 16 bytes. On a CPU it gains nothing.
     grouped = x.is_cuda and x.dtype == torch.bfloat16 and full and not any(size % 8 for size in sizes)
-    ends = torch.tensor([s.stop for s in segments], dtype=torch.int32, device=x.device) if grouped else None
+    ends = torch.tensor([stop for _, stop in segments], dtype=torch.int32, device=x.device) if grouped else None
     longest = None
     if len(segments) > 1 and has_grouped_gemm(x):
-        starts, rows = np.array([s.start for s in segments]), np.array(lengths[1::2])
+        starts, rows = np.array([start for start, _ in segments]), np.array(lengths[1::2])
         numbers = np.argsort(-rows, kind="stable")
         longest = _Longest(numbers, starts[numbers], rows[numbers])
     return RowGroups(lengths, even=False, ends=ends, longest=longest)

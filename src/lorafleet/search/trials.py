@@ -212,8 +212,12 @@ class Trials:
 
     # -- what came out ------------------------------------------------------------------------------------------------
 
-    def ended(self, member: Member) -> None:
-        """Take a run's result; with its last run a trial has ended."""
+    def ended(self, members: Sequence[Member]) -> None:
+        """Take runs' results; with its last run a trial has ended."""
+        for member in members:
+            self._take_result(member)
+
+    def _take_result(self, member: Member) -> None:
         trial = self.open[trial_number(member.name)]
         trial.tokens += member.progress.tokens
         trial.seconds += member.progress.seconds

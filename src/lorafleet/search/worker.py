@@ -29,7 +29,7 @@ from lorafleet.search.objectives import LABELS
 from lorafleet.search.space import Space
 from lorafleet.search.study import Study, plan_trials
 from lorafleet.search.trials import Budget, Trials
-from lorafleet.training.capacity import measured_capacity
+from lorafleet.training.capacity import adapters_of_a_pass, measured_capacity
 from lorafleet.training.checkpoint import RunState
 from lorafleet.training.member import Member
 from lorafleet.training.queued import train_queued
@@ -157,21 +157,22 @@ class Worker:
     def population_size(self) -> tuple[int, int | None]:
         """How many trials train together, and how many of them in one pass; as many as have room if it is not known.
 
-        Without a number from the user that is what memory has room for, and in a grid as many more as it takes for one
+        Without a number from the user that is what a pass has room for, and in a grid as many more as it takes for one
         of them to come through all rungs: where fewer meet at a rung, more of them go on.
         """
         given = self.population.population_size
         sampler, queued = plan_trials(self.search, self.space)
         runs = len(queued) * self.search.seeds_per_trial
-        if given is not None:
-            return min(given, runs), None
-        compared = 1 if sampler != "grid" else round(1 / min((*self.budget.shares, 1.0))) * self.search.seeds_per_trial
-        wanted = min(runs, math.ceil(compared / self.search.workers))
         rows = self.data.splits["train"]
         size = max(training.per_device_train_batch_size for training in self._trainings())
+        tokens = size * float(rows.lengths.mean())
+        if given is not None:
+            return min(given, runs), adapters_of_a_pass(tokens, self.loss_model.device)
+        compared = 1 if sampler != "grid" else round(1 / min((*self.budget.shares, 1.0))) * self.search.seeds_per_trial
+        wanted = min(runs, math.ceil(compared / self.search.workers))
         longest = [rows[int(i)] for i in rows.lengths.argsort()[-size:]]
         share = self.population.max_memory
-        fitting, together = measured_capacity(self.loss_model, self.bank, self.shapes, longest, share, wanted)
+        fitting, together = measured_capacity(self.loss_model, self.bank, self.shapes, longest, share, wanted, tokens)
         return min(fitting, runs), together
 
     def _trainings(self) -> list[TrainingConfig]:

@@ -1,8 +1,12 @@
-"""How many adapters fit into one pass, found out by measuring one and two of them."""
+"""How many adapters share a pass: as many as fit, by measuring one and two of them, and on a CPU no more than pay."""
 
 import logging
+import math
+import sys
 from collections.abc import Sequence
 from functools import partial
+
+import torch
 
 from lorafleet.config.lora import LoraConfig
 from lorafleet.data.batches import Part, TrainRow, collate
@@ -17,14 +21,28 @@ logger = logging.getLogger(__name__)
 TENSORS_PER_SLOT = 5
 """Copies of an adapter that training holds: weights, gradients, two moments, and the best so far."""
 
+TOKENS_OF_A_PASS = 1024
+"""Rows at which a CPU's products have their full rate. Further ones only hold, and first touch, more memory."""
+
+
+def adapters_of_a_pass(tokens: float, device: torch.device) -> int | None:
+    """How many adapters fill a pass when each brings ``tokens`` to it; none where only memory sets a limit."""
+    return math.ceil(TOKENS_OF_A_PASS / tokens) if device.type == "cpu" else None
+
 
 def adapters_that_fit(
-    loss_model: LossModel, rows: Sequence[TrainRow], slots: Sequence[int], slot_bytes: int, share: float, wanted: int
+    loss_model: LossModel,
+    rows: Sequence[TrainRow],
+    slots: Sequence[int],
+    slot_bytes: int,
+    share: float,
+    wanted: int,
+    tokens: float,
 ) -> tuple[int, int]:
     """Measure how many adapters can train side by side within a part of the free memory.
 
     One pass forward and backward is run with one adapter's micro-batch, one with two; what the second needs more is
-    what each further adapter will need.
+    what each further adapter will need. On a CPU a pass that is large enough takes no more adapters.
 
     Args:
         loss_model: The base and its bank. Gradients that are in the bank are cleared.
@@ -33,6 +51,7 @@ def adapters_that_fit(
         slot_bytes: Bytes of one adapter's weights.
         share: Part of the free memory that the population may take.
         wanted: Adapters that are to have a slot, if need be at the price of several passes in each step.
+        tokens: What an adapter brings to a pass, in the mean.
 
     Returns:
         How many adapters: those that fit into one pass, or more, up to what is wanted; and how many of them fit into
@@ -47,11 +66,12 @@ def adapters_that_fit(
         )
         return 1, 1
     kept, further = TENSORS_PER_SLOT * slot_bytes, max(0, two - one)
-    in_one_pass = max(1, 1 + int((budget - one - kept) // (further + kept)))
+    enough = adapters_of_a_pass(tokens, loss_model.device) or sys.maxsize
+    in_one_pass = max(1, min(enough, 1 + int((budget - one - kept) // (further + kept))))
     adapters = min(wanted, int((budget - one) // kept))
     if adapters <= in_one_pass:
         return in_one_pass, in_one_pass
-    return adapters, 1 + int((budget - one - adapters * kept) // further)
+    return adapters, min(enough, 1 + int((budget - one - adapters * kept) // further))
 
 
 def measured_capacity(
@@ -61,6 +81,7 @@ def measured_capacity(
     rows: Sequence[TrainRow],
     share: float,
     wanted: int,
+    tokens: float,
 ) -> tuple[int, int]:
     """:func:`adapters_that_fit` for adapters of the largest of these shapes.
 
@@ -71,12 +92,13 @@ def measured_capacity(
         rows: The largest micro-batch of an adapter.
         share: Part of the free memory that the population may take.
         wanted: Adapters that are to have a slot.
+        tokens: What an adapter brings to a pass, in the mean.
     """
     largest = max(shapes, key=lambda lora: _numbers(bank, lora))
     slots = [bank.add(largest, slot=slot) for slot in range(2)]
     bank.train()
     slot_bytes = sum(one.value.nbytes for one in bank.slot_parameters(0).values())
-    found = adapters_that_fit(loss_model, rows, slots, slot_bytes, share, wanted)
+    found = adapters_that_fit(loss_model, rows, slots, slot_bytes, share, wanted, tokens)
     for slot in slots:
         bank.remove(slot)
     return found

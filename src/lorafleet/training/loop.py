@@ -73,7 +73,9 @@ class Population:
                 self._end_if_done(member)
             due = any(member.is_due(self.run.save_strategy, self.run.save_steps) for member in active)
             if self.queue and (ended := [member for member in active if not member.active]):
-                self._dismiss(self.queue, ended)
+                self.bank.eval()  # they are measured as they will be used, without dropout
+                self.queue.dismiss(ended)
+                self.bank.train()
             if self.stop_requested():
                 self._checkpoint()
                 raise Interrupted(f"stopped at step {self.steps}")
@@ -200,13 +202,6 @@ class Population:
         if reason and member.active:
             progress.status = "finished"
             self._tell(Finished(member.name, progress.step, reason))
-
-    def _dismiss(self, queue: AdapterQueue, ended: Sequence[Member]) -> None:
-        """Take those that have ended out of their slots; they are measured as they will be used, without dropout."""
-        self.bank.eval()
-        for member in ended:
-            queue.dismiss(member)
-        self.bank.train()
 
     def _checkpoint(self) -> None:
         if self.save is not None:

@@ -48,8 +48,8 @@ class Candidates(Protocol):
     def judge(self, evaluated: Sequence[Member]) -> None:
         """Told who was just evaluated; may end a member by its ``progress.status``."""
 
-    def ended(self, member: Member) -> None:
-        """Told of a member that has ended, while its adapter is still in its slot."""
+    def ended(self, members: Sequence[Member]) -> None:
+        """Told of members that have ended, while their adapters are still in their slots."""
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs, in JSON's types."""
@@ -104,8 +104,9 @@ class AdapterQueue:
         """Pass an evaluation on."""
         self.candidates.judge(evaluated)
 
-    def dismiss(self, member: Member) -> None:
-        """Report a member that has ended, and empty its slot."""
-        self.candidates.ended(member)
-        self.bank.remove(member.slot)
-        del self.members[member.slot]
+    def dismiss(self, members: Sequence[Member]) -> None:
+        """Report members that have ended, and empty their slots."""
+        self.candidates.ended(members)
+        for member in members:
+            self.bank.remove(member.slot)
+            del self.members[member.slot]
