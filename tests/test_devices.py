@@ -36,9 +36,8 @@ def loss_and_gradients(
     bank = inject_lora(model, LORAS)
     for slot in range(len(LORAS)):
         fill_from_float64(bank, slot)
-    loss_model = LossModel(model, bank, 0)
-    assert loss_model.flat
-    loss_model.flat = flat
+    loss_model = LossModel(model, bank, 0, padded=not flat)
+    assert loss_model.flat == flat
     lengths = (6, 6) if even else (5, 9, 140)
     loss = loss_model(collate([Part(slot, make_rows(slot, lengths), weight=0.01) for slot in range(len(LORAS))]))
     loss.total.backward()

@@ -81,8 +81,8 @@ def test_each_part_of_a_mixed_batch_equals_its_own(padded: bool) -> None:
     bank = inject_lora(model, [LoraConfig(r=2, modules_to_save=["lm_head"]), LoraConfig(r=3)])
     for slot in range(2):
         fill(bank, slot, seed=slot)
-    loss_model = LossModel(model, bank, pad_id=0)
-    loss_model.flat = not padded
+    loss_model = LossModel(model, bank, pad_id=0, padded=padded)
+    assert loss_model.flat != padded
     parts = [Part(1, make_rows(1, prompt=2)), Part(-1, make_rows(2)), Part(0, make_rows(3, prompt=4), weight=0.5)]
     together = loss_model(collate(parts))
     for part, loss in zip(parts, together.parts, strict=True):
@@ -112,7 +112,7 @@ def test_a_shared_prompt_saves_its_repetitions(lengths: tuple[int, ...], prompt:
     bank = inject_lora(model, LoraConfig(r=2))
     fill(bank, 0)
     tokens: list[int] = []
-    next(iter(bank.layers.values())).register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0].shape[1]))
+    next(iter(bank.layers.values())).register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0].shape[-2]))
     rows = make_rows(3, lengths, prompt)
     loss_model = LossModel(model, bank, pad_id=0)
     tokens.clear()
@@ -125,7 +125,7 @@ def test_rows_with_dropout_share_no_prompt() -> None:
     model = tiny_model("llama", torch.float64)
     bank = inject_lora(model, [LoraConfig(r=2, lora_dropout=0.5), LoraConfig(r=2)])
     tokens: list[int] = []
-    next(iter(bank.layers.values())).register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0].shape[1]))
+    next(iter(bank.layers.values())).register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0].shape[-2]))
     loss_model = LossModel(model, bank, pad_id=0)
     batch = collate([Part(slot, make_rows(slot, prompt=3)) for slot in range(2)])
     tokens.clear()

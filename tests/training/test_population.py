@@ -81,9 +81,7 @@ def train(
     for number, one in enumerate(plans):
         bank.add(one.lora, seed=one.training.seed, slot=order[number])
     members = [Member(f"m{number}", bank, order[number], one.training, one.rows) for number, one in enumerate(plans)]
-    loss_model = LossModel(model, bank, 0)
-    loss_model.flat = loss_model.flat and not padded
-    Population(members, loss_model, bank, QUIET).train()
+    Population(members, LossModel(model, bank, 0, padded=padded), bank, QUIET).train()
     return [trained(member) for member in members]
 
 

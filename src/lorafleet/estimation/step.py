@@ -1,8 +1,8 @@
 """What one micro-batch takes, found out by running it on the meta device."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +55,7 @@ def step_cost(model: PreTrainedModel, slots: Slots, rows: Sequence[TrainRow], *,
     """
     with NoValues():
         loss_model = LossModel(model, slots, pad_id=0)
-        if loss_model.decoder is not None and _changes_logits(model, loss_model.decoder):
+        if loss_model.decoder is not None and _changes_logits(model):
             loss_model.decoder = None
         loss_model.speed_up()
     slots.train()
@@ -93,12 +93,12 @@ def laid_out_weights(model: PreTrainedModel, slots: Slots) -> tuple[list[Tensor]
     return [head.weight] if frozen else [], [layer.weight for layer in layers if not layer.embeds]
 
 
-def _changes_logits(model: PreTrainedModel, decoder: Callable[..., Any]) -> bool:
+def _changes_logits(model: PreTrainedModel) -> bool:
     """Whether a model does more than its head: scales its logits, or caps them. Values would tell; here kernels do."""
     ids, head = torch.arange(5, device=model.device)[None], model.get_output_embeddings()
     vocabulary = model.config.get_text_config().vocab_size
     with torch.no_grad(), Ledger([*model.parameters()], vocabulary) as plain:
-        head(decoder(input_ids=ids, use_cache=False)[0])
+        head(model.base_model(input_ids=ids, use_cache=False)[0])
     with torch.no_grad(), Ledger([*model.parameters()], vocabulary) as whole:
         model(input_ids=ids, use_cache=False)
     return bool(plain.calls != whole.calls)

@@ -20,6 +20,7 @@ from lorafleet.lora.packed import PackedWeight, pack
 from lorafleet.lora.slots import answering
 from lorafleet.models.attention import FlatLayout, flat_inputs, use_flat_attention
 from lorafleet.models.head import few_ids, plain_decoder
+from lorafleet.models.lean import lean
 from lorafleet.models.shared_prompts import SharedPrompts
 from lorafleet.pace import Pace
 
@@ -117,7 +118,8 @@ class LossModel:
         with torch.no_grad(), bank.disabled() if bank else nullcontext():
             own = bank is not None and bank.padded_model is not None
             self.flat = not own and not padded and use_flat_attention(model)
-            self.decoder = None if own else plain_decoder(model)
+            decoder = None if own else plain_decoder(model)
+            self.decoder = lean(decoder) if decoder is not None and self.flat else decoder
         self._packed_head: PackedWeight | None = None
 
     def speed_up(self) -> None:

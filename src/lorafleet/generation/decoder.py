@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lorafleet.errors import AdapterError, ModelError
-from lorafleet.generation.lean import lean
 from lorafleet.generation.request import Request
 from lorafleet.lora import Routing, Slots
 from lorafleet.lora.packed import PackedWeight, pack
@@ -26,6 +25,7 @@ from lorafleet.lora.routing import remember
 from lorafleet.models.attention import FLAT, flat_inputs, use_cached_attention
 from lorafleet.models.cached_attention import CachedLayout, KeyValueCache
 from lorafleet.models.head import few_ids, plain_decoder
+from lorafleet.models.lean import lean
 from lorafleet.models.load import Base
 
 STEP_TOKENS = 1024

@@ -5,17 +5,21 @@ import re
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-import lorafleet.generation.lean as module
+import lorafleet.models.lean as module
 from lorafleet.config import GenerationConfig
+from lorafleet.data.batches import Part, collate
+from lorafleet.evaluation.token_loss import LossModel
 from lorafleet.generation.decoder import Decoder
-from lorafleet.generation.lean import LeanLayers, lean
 from lorafleet.generation.request import Request
 from lorafleet.lora import LoraBank
-from lorafleet.models.attention import flat_inputs, use_cached_attention
+from lorafleet.models.attention import FlatLayout, flat_inputs, use_cached_attention
 from lorafleet.models.cached_attention import CachedLayout, KeyValueCache
 from lorafleet.models.head import plain_decoder
+from lorafleet.models.lean import LeanLayers, lean
 from lorafleet.models.load import Base
+from tests.evaluation.test_token_loss import make_rows
 from tests.generation.tiny_bank import tiny_base, trained_bank
 from tests.tiny import ARCHITECTURES
 
@@ -64,6 +68,54 @@ def test_layers_equal_the_decoder(arch: str, dtype: torch.dtype) -> None:
         assert (one - other).abs().max() < (1e-5 if dtype == torch.float32 else 1e-12) * other.abs().max()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("arch", KNOWN)
+def test_gradients_equal_the_decoders(arch: str, dtype: torch.dtype) -> None:
+    base = tiny_base(arch, dtype, **({"sliding_window": 6} if arch == "mistral" else {}))
+    bank = trained_bank(base)
+    loss_model = LossModel(base.model, bank, 0)
+    assert isinstance(loss_model.decoder, LeanLayers)
+    loss_model.speed_up()
+    batch, found = collate([Part(slot, make_rows(slot, (5, 9, 9), prompt=3)) for slot in range(3)]), []
+    for body in (loss_model.decoder, loss_model.decoder.decoder):
+        loss_model.decoder = body
+        loss = loss_model(batch).total
+        loss.backward()
+        parameters = [one.parameter for slot in range(3) for one in bank.slot_parameters(slot).values()]
+        found.append([loss.detach(), *(one.grad.clone() for one in parameters if one.grad is not None)])
+        bank.clear_gradients()
+    tolerance = {torch.float32: 2e-5, torch.float64: 1e-12, torch.bfloat16: 0.1}[dtype]
+    assert len(found[0]) > 30
+    for one, other in zip(*found, strict=True):
+        assert (one - other).norm() <= tolerance * other.norm()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_a_norms_backward_pass_is_autograds(dtype: torch.dtype, tolerance: float) -> None:
+    x = (
+        torch.randn(7, 33, generator=torch.Generator().manual_seed(0)).to(dtype)
+        * torch.logspace(-3, 2, 7).to(dtype)[:, None]
+    )
+    grad, found = torch.randn(7, 33, generator=torch.Generator().manual_seed(1)).to(dtype), []
+    for norm in (lambda x: module._rms_scaled(x, 1e-5), lambda x: F.rms_norm(x.double(), (33,), None, 1e-5)):
+        leaf = x.clone().requires_grad_()
+        y = norm(leaf)
+        y.backward(grad.to(y.dtype))
+        assert leaf.grad is not None
+        found.append((y.detach().double(), leaf.grad.double()))
+    for one, other in zip(*found, strict=True):
+        assert ((one - other).norm(dim=1) <= tolerance * other.norm(dim=1)).all()
+
+
+def test_a_norm_that_is_trained_computes_itself() -> None:
+    base = tiny_base(dtype=torch.float32)
+    layers = lean(body_of(base))
+    assert isinstance(layers, LeanLayers)
+    layers.decoder.norm.weight.requires_grad_(True)
+    layers(**flat_inputs(torch.arange(4)[None], torch.arange(4)[None], FlatLayout((4,))))[0].sum().backward()
+    assert layers.decoder.norm.weight.grad is not None
+
+
 def test_half_of_qwen2s_layers_may_have_a_window() -> None:
     knobs = {"use_sliding_window": True, "sliding_window": 4, "layer_types": ["full_attention", "sliding_attention"]}
     base = tiny_base("qwen2", **knobs)
@@ -88,7 +140,7 @@ def test_layers_that_compute_otherwise_are_not_used(
     decoder = body_of(tiny_base())
     monkeypatch.setattr(module, "_turned", lambda x, cos, signed: x * cos)
     assert lean(decoder) is decoder
-    assert re.search("LlamaModel is decoded by its own modules .logits differ by .* relative", caplog.text)
+    assert re.search("LlamaModel runs by its own modules .logits differ by .* relative", caplog.text)
 
 
 def test_a_class_with_other_modules_is_left_alone(
