@@ -1,7 +1,6 @@
 """What this machine has: device, precision, memory, allocator, speed; the facts that ``doctor`` reports."""
 
 import ctypes
-import gc
 import os
 import platform
 import shutil
@@ -125,7 +124,6 @@ def memory_of(run: Callable[[], object], device: torch.device) -> int | None:
         return int(torch.cuda.max_memory_allocated(device)) - before
     if not os.access(_CLEAR_REFS, os.W_OK):
         return None
-    gc.collect()
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)  # or the run would use what earlier work left in the process
     _CLEAR_REFS.write_text("5")  # the peak starts anew from what is held now

@@ -1,5 +1,6 @@
 """How many adapters share a pass: as many as fit, by measuring one and two of them, and on a CPU no more than pay."""
 
+import gc
 import logging
 import math
 import sys
@@ -57,6 +58,7 @@ def adapters_that_fit(
         How many adapters: those that fit into one pass, or more, up to what is wanted; and how many of them fit into
         one pass. 1 at least; 1 too where this system does not tell the memory of a pass.
     """
+    gc.collect()  # or a pass would use what earlier work left
     budget = share * free_memory_bytes(loss_model.device)
     one, two = (memory_of(partial(_pass, loss_model, rows, slots[:n]), loss_model.device) for n in (1, 2))
     if one is None or two is None:
