@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from lorafleet.cli.main import main
-from lorafleet.errors import ConfigError, DataError, Interrupted, TrainingError
+from lorafleet.errors import AdapterError, ConfigError, DataError, Interrupted, TrainingError
 from lorafleet.files.adapter import load_adapter
+from lorafleet.files.atomic import write_new_file
 from lorafleet.files.checkpoint import load_checkpoint, newest_checkpoint
 from lorafleet.fleets.result import FleetResult, MemberResult
 from lorafleet.fleets.run import fleet
@@ -208,6 +209,36 @@ def test_an_interrupted_fleet_goes_on_as_if_it_had_not_stopped(place: Path, monk
     for name in ("moods", "chat"):
         files = [place / run / "adapters" / name / "adapter_model.safetensors" for run in ("whole", "stopped")]
         assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_full_disk_while_adapters_are_written_loses_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    knobs = settings(place, "full", tasks=tasks(place))
+
+    def full(path: Path, data: bytes) -> None:
+        if "chat" in path.parts:
+            raise OSError(28, "No space left on device")
+        write_new_file(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lorafleet.files.atomic.write_new_file", full)
+        with pytest.raises(AdapterError, match="cannot write the adapter to .*chat: No space left on device"):
+            fleet(knobs)
+    assert tensors(place / "full" / "adapters" / "moods"), "the one beside it is whole"
+    assert not list((place / "full" / "adapters" / "chat").glob("*.safetensors*"))
+    assert {one.status for one in fleet(knobs, resume_from_checkpoint=True).members} == {"passed", "left out"}
+
+
+@pytest.mark.parametrize(("tokens", "together"), [(100, 1), (200, 2), (10**6, 3)])
+def test_as_many_train_together_as_fill_a_pass(
+    place: Path, monkeypatch: pytest.MonkeyPatch, tokens: int, together: int
+) -> None:
+    users = {"data": str(place / "users.jsonl"), "key": "user", "min_rows": 2, "held_out": 0.4}
+    knobs = settings(place, f"pass-{tokens}", users=users, shared="none", keep=False, population_size=None)
+    monkeypatch.setattr("lorafleet.training.capacity.TOKENS_OF_A_PASS", tokens)
+    assert fleet(knobs).population_size == together
+    assert fleet(knobs | {"population_size": 3, "output_dir": str(place / f"all-{tokens}")}).population_size == 3
+    extra = load_checkpoint(newest_checkpoint(place / f"all-{tokens}"))[1]["extra"]
+    assert min(3, extra["together"]) == together
 
 
 def test_what_is_trained_again_is_judged_again(place: Path) -> None:
