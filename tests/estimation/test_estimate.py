@@ -95,6 +95,12 @@ def test_a_pass_without_values_holds_what_a_real_one_does(place: Path) -> None:
     assert cost.kept_bytes <= held * 1.35  # what no backward pass needs, as inputs, is held too
 
 
+def test_a_second_look_counts_the_same() -> None:
+    model = _bare("llama")
+    slots = methods("lora:r=2")[0].start(model, 0)
+    assert step_cost(model, slots, [_Row(np.arange(40))]) == step_cost(model, slots, [_Row(np.arange(40))])
+
+
 def test_products_are_laid_out_where_training_lays_them_out() -> None:
     """All weights of LoRA's layers and the head; the head alone of other methods; nothing where all of it trains."""
     laid_out = []

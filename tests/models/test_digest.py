@@ -134,3 +134,18 @@ def test_tokenizer_hash_is_of_what_it_does_not_of_what_it_did() -> None:
     grown = tiny_tokenizer()
     grown.add_tokens(["<|new|>"])
     assert tokenizer_hash(grown) != first
+
+
+def test_tokenizer_hash_is_the_hash_of_rules_special_tokens_and_template() -> None:
+    tokenizer = tiny_tokenizer()
+    for template in (None, "{{ messages }}", {"default": "a", "tool": "\ud800"}):
+        tokenizer.chat_template = template
+        rules = json.loads(tokenizer.backend_tokenizer.to_str())
+        whole = {
+            "rules": {name: part for name, part in rules.items() if name not in ("truncation", "padding")},
+            "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+            "chat_template": template,
+        }
+        text = json.dumps(whole, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        wanted = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+        assert tokenizer_hash(tokenizer) == tokenizer_hash(tokenizer) == wanted

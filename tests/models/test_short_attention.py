@@ -5,8 +5,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from lorafleet.config.lora import LoraConfig
+from lorafleet.data.batches import Part, collate
+from lorafleet.evaluation.token_loss import LossModel
+from lorafleet.lora import inject_lora
 from lorafleet.models.attention import FlatLayout
 from lorafleet.models.short_attention import short_attention
+from tests.evaluation.test_token_loss import make_rows
+from tests.tiny import tiny_model
 
 LENGTHS = {
     "one": (9,),
@@ -54,3 +60,15 @@ def test_a_sequence_that_is_not_finite_leaves_its_neighbours_alone() -> None:
     out = short_attention(*made, 0.3, FlatLayout(lengths).runs)
     for tensor in (out, *torch.autograd.grad(out.sum(), made)):
         assert tensor[:, :, 3:].isfinite().all() and not tensor[:, :, :3].isfinite().all()
+
+
+def test_keys_of_another_precision_do_not_come_here() -> None:
+    """Under autocast rotary positions leave q and k in float32, v is in bfloat16: widths that oneMKL would mistake."""
+    model = tiny_model("llama", torch.float32)
+    loss_model = LossModel(model, inject_lora(model, LoraConfig(r=2)), 0)
+    batch = collate([Part(0, make_rows(0, (5, 9)))])
+    wanted = loss_model(batch).total.item()
+    with torch.autocast("cpu", torch.bfloat16):
+        total = loss_model(batch).total
+        total.backward()
+    assert total.item() == pytest.approx(wanted, rel=0.02)

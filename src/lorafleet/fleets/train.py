@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 def train_members(
     plan: FleetPlan, loss_model: LossModel, candidates: FleetCandidates, checkpoint: Path | None
 ) -> Mapping[str, Any]:
-    """Train every candidate, as many together as have room, and write each one's adapter when it ends.
+    """Train every candidate, some at a time, and write each one's adapter when it ends.
 
     Args:
         plan: The fleet.
@@ -81,7 +81,7 @@ def identity(plan: FleetPlan, candidates: FleetCandidates) -> dict[str, Any]:
 
 
 def _capacity(plan: FleetPlan, loss_model: LossModel, candidates: FleetCandidates) -> tuple[int, int | None]:
-    """How many train together, and how many of them in one pass: where nobody says, by memory and speed."""
+    """How many train together, where nobody says by memory and speed; and how many of them share a pass."""
     members = candidates.members.values()
     sizes = [min(one.plan.training.per_device_train_batch_size, len(one.data.train)) for one in members]
     tokens = fmean(size * one.data.train.lengths.mean() for size, one in zip(sizes, members, strict=True))
@@ -92,8 +92,9 @@ def _capacity(plan: FleetPlan, loss_model: LossModel, candidates: FleetCandidate
     rows = [longest[int(i)] for i in longest.lengths.argsort()[-size:]]
     shapes, share = [one.plan.lora for one in members], plan.population.max_memory
     fitting, together = measured_capacity(loss_model, candidates.bank, shapes, rows, share, 1, tokens)
-    rounds = math.ceil(len(members) / fitting)
-    return math.ceil(len(members) / rounds), together
+    side_by_side = max(1, len(members) - (candidates.first is not None))  # the first one trains alone
+    rounds = math.ceil(side_by_side / fitting)
+    return math.ceil(side_by_side / rounds), together
 
 
 class FleetDisplay:

@@ -140,7 +140,8 @@ class _Joint(NamedTuple):
 
 
 def _join(layers: Sequence[LinearTensors], x: Tensor) -> _Joint:
-    return _joint(
+    joint = _joint.__wrapped__ if x.is_meta else _joint  # an estimate counts each layer's
+    return joint(
         tuple((s.slot, s.start, s.stop) for s in layers[0].segments),
         tuple(max(s.rank for s in layer.segments) for layer in layers),
         tuple(tuple(s.scaling for s in layer.segments) for layer in layers),
@@ -164,7 +165,7 @@ def _joint(
     first, stop = numbers[0], numbers[0] + len(numbers)
     in_a_row = numbers == list(range(first, stop))
     widths, by_layer = ([1], scalings[:1]) if len(set(scalings)) == 1 else ([*ranks], scalings)
-    scales = torch.ones(tokens, sum(widths), dtype=dtype)
+    scales = torch.ones(tokens, sum(widths), dtype=dtype, device="cpu")
     for part, own in zip(scales.split(widths, dim=1), by_layer, strict=True):
         for (_, start, end), scaling in zip(segments, own, strict=True):
             part[start:end] = scaling

@@ -99,9 +99,9 @@ def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
     """One hash for all that decides which ids a text or a chat becomes: vocabulary, rules, special tokens, template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    rest = json.dumps({"special": special, "chat_template": tokenizer.chat_template})
+    rest = json.dumps({"special": special, "chat_template": tokenizer.chat_template}, ensure_ascii=False)
     if backend is None:
-        return _rules_hash(json.dumps(tokenizer.get_vocab()), rest, ())
+        return _rules_hash(json.dumps(tokenizer.get_vocab(), ensure_ascii=False), rest, ())
     # State of the last call, not part of what the tokenizer is.
     return _rules_hash(backend.to_str(), rest, ("truncation", "padding"))
 

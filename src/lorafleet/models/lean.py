@@ -84,10 +84,9 @@ class LeanLayers:
         return (self._normed(self.decoder.norm, x)[None],)
 
     def _normed(self, norm: Any, x: Tensor) -> Tensor:
-        """RMS norm (Zhang and Sennrich 2019, arXiv 1910.07467) in float32, as transformers has it, in one call."""
+        """RMS norm (Zhang and Sennrich 2019, arXiv 1910.07467) in float32, as transformers has it."""
         # Transformers' norm rounds float64 to float32; float64 is for comparing with it.
-        own = type(norm).__module__ != self.home or _is_heard(norm) or x.dtype == torch.float64
-        if own or norm.weight.requires_grad:
+        if type(norm).__module__ != self.home or _is_heard(norm) or x.dtype == torch.float64:
             return cast(Tensor, norm(x))
         if torch.is_grad_enabled():
             scaled = _rms_scaled(x, norm.variance_epsilon)
@@ -165,7 +164,8 @@ def _together(layers: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
 
 def _is_heard(module: nn.Module) -> bool:
     """Whether somebody waits for a call of the module: hooks, or another forward in it."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+    forward = module._forward_hooks or module._forward_pre_hooks
+    return bool(forward or module._backward_hooks or module._backward_pre_hooks or "forward" in module.__dict__)
 
 
 def _class_of(decoder: nn.Module) -> str:

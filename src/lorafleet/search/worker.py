@@ -6,6 +6,7 @@ import socket
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from lorafleet.config.data import DataConfig
@@ -164,13 +165,13 @@ class Worker:
         sampler, queued = plan_trials(self.search, self.space)
         runs = len(queued) * self.search.seeds_per_trial
         rows = self.data.splits["train"]
-        size = max(training.per_device_train_batch_size for training in self._trainings())
-        tokens = size * float(rows.lengths.mean())
+        sizes = [min(one.per_device_train_batch_size, len(rows)) for one in self._trainings()]
+        tokens = fmean(sizes) * float(rows.lengths.mean())
         if given is not None:
             return min(given, runs), adapters_of_a_pass(tokens, self.loss_model.device)
         compared = 1 if sampler != "grid" else round(1 / min((*self.budget.shares, 1.0))) * self.search.seeds_per_trial
         wanted = min(runs, math.ceil(compared / self.search.workers))
-        longest = [rows[int(i)] for i in rows.lengths.argsort()[-size:]]
+        longest = [rows[int(i)] for i in rows.lengths.argsort()[-max(sizes) :]]
         share = self.population.max_memory
         fitting, together = measured_capacity(self.loss_model, self.bank, self.shapes, longest, share, wanted, tokens)
         return min(fitting, runs), together

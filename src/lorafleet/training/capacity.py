@@ -55,8 +55,8 @@ def adapters_that_fit(
         tokens: What an adapter brings to a pass, in the mean.
 
     Returns:
-        How many adapters: those that fit into one pass, or more, up to what is wanted; and how many of them fit into
-        one pass. 1 at least; 1 too where this system does not tell the memory of a pass.
+        How many adapters: those of one pass, or more, up to what is wanted; and how many of them share a pass. 1 at
+        least; 1 too where this system does not tell the memory of a pass.
     """
     gc.collect()  # or a pass would use what earlier work left
     budget = share * free_memory_bytes(loss_model.device)
@@ -73,7 +73,8 @@ def adapters_that_fit(
     adapters = min(wanted, int((budget - one) // kept))
     if adapters <= in_one_pass:
         return in_one_pass, in_one_pass
-    return adapters, min(enough, 1 + int((budget - one - adapters * kept) // further))
+    room = 1 + int((budget - one - adapters * kept) // further) if further else adapters
+    return adapters, min(enough, room)
 
 
 def measured_capacity(
