@@ -3,12 +3,14 @@
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from lorafleet.config import LoraConfig, ModelConfig
 from lorafleet.errors import MissingExtraError, ModelError
@@ -114,6 +116,20 @@ def test_a_gguf_file_is_a_base_like_any_other(tmp_path: Path) -> None:
     meta = load_meta_model(ModelConfig(model_name_or_path=str(path)))
     assert sum(p.numel() for p in meta.parameters()) == sum(p.numel() for p in base.model.parameters())
     inject_lora(base.model, LoraConfig())
+
+
+def test_its_special_tokens_are_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = AutoTokenizer.from_pretrained
+
+    def as_transformers_5_17(*args: Any, **kwargs: Any) -> Any:
+        tokenizer = read(*args, **kwargs)
+        tokenizer.eos_token, tokenizer.pad_token = tokenizer.bos_token, None
+        return tokenizer
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", as_transformers_5_17)
+    tokenizer = load_gguf_tokenizer(write_llama(tmp_path / "tiny.gguf"))
+    special = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token)
+    assert special == ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 
 
 def test_quantized_weights_are_unpacked_and_can_be_saved(tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 # which cuts "a  3" into other tokens than the model was trained on.
 _DIGITS_ALONE = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"})
 
+_ROLES = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "pad_token": "padding_token_id"}
+
 
 def check_gguf(path: Path) -> None:
     """Refuse what is no GGUF file before a reader trusts its lengths.
@@ -48,17 +50,26 @@ def load_gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     check_gguf(path)
     with _read_errors(path):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        if _text_field(path, "tokenizer.ggml.pre") in _DIGITS_ALONE:
+        fields = _tokenizer_fields(path)
+        if fields["pre"] in _DIGITS_ALONE:
             backend = tokenizer.backend_tokenizer
             backend.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+        # Transformers 5.17 takes the token of the beginning for that of the end, and none for padding.
+        given = {role: fields[name] for role, name in _ROLES.items() if fields[name] is not None}
+        tokens = {role: str(tokenizer.convert_ids_to_tokens(number)) for role, number in given.items()}
+        amended: dict[str, Any] = {r: token for r, token in tokens.items() if token != getattr(tokenizer, r)}
+        if amended:
+            tokenizer.add_special_tokens(amended)
     return tokenizer
 
 
-def _text_field(path: Path, key: str) -> str | None:
+def _tokenizer_fields(path: Path) -> dict[str, Any]:
+    """What a GGUF file says of its tokenizer; none where it says nothing."""
     from gguf import GGUFReader  # an extra
 
-    field = GGUFReader(path).get_field(key)
-    return None if field is None else str(field.contents())
+    reader = GGUFReader(path)
+    fields = {name: reader.get_field(f"tokenizer.ggml.{name}") for name in ("pre", *_ROLES.values())}
+    return {name: field and field.contents() for name, field in fields.items()}
 
 
 def load_gguf_model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
