@@ -32,6 +32,7 @@ from lorafleet.errors import LorafleetError
 from lorafleet.files.adapter import save_adapter
 from lorafleet.lora import inject_lora
 from lorafleet.models.load import load_base
+from lorafleet.models.machine import pick_device, pick_dtype
 from lorafleet.registry.registry import Registry
 
 OURS, PEFT = "lorafleet", "peft"
@@ -51,27 +52,28 @@ _DIFFERENT = 32
 @click.option("--registered", type=click.IntRange(1), default=1000, help="Adapters in the registry.")
 @click.option("--resident", type=click.IntRange(32), default=64, help="Adapters in memory.")
 @click.option("--requests", type=click.IntRange(1), default=150, help="Over the registered adapters.")
+@click.option("--device", default="auto", help="Where, as --device of train; the precision follows from it.")
 @click.option("--threads", type=click.IntRange(1), default=os.cpu_count(), help="CPU threads.")
 @click.option("--output", type=click.Path(path_type=Path), default=Path("benchmarks/results/switch.json"))
-def main(model: str, data: str, output: Path, rounds: int, **numbers: Any) -> None:
+def main(model: str, data: str, output: Path, rounds: int, **options: Any) -> None:
     """Parse, measure, print."""
     try:
         with tempfile.TemporaryDirectory(prefix="lorafleet-benchmark-") as folder:
-            benchmark(model, data, Path(folder), output, rounds, **numbers)
+            benchmark(model, data, Path(folder), output, rounds, **options)
     except LorafleetError as error:
         click.echo(f"benchmarks.switch: {error}", err=True)
         sys.exit(1)
     click.echo(f"wrote {output}", err=True)
 
 
-def benchmark(model: str, data: str, folder: Path, output: Path, rounds: int, **numbers: Any) -> None:
+def benchmark(model: str, data: str, folder: Path, output: Path, rounds: int, **options: Any) -> None:
     """Run all rounds, print the ratios and write them as JSON.
 
     Raises:
         BenchmarkError: A process failed.
         LorafleetError: The model or the text cannot be used.
     """
-    job = _prepare(model, data, folder, **numbers)
+    job = _prepare(model, data, folder, **options)
     facts, busiest, found = machine_facts(), 0.0, list[dict[str, Any]]()
     for number in range(rounds):
         one = {}
@@ -94,7 +96,7 @@ def benchmark(model: str, data: str, folder: Path, output: Path, rounds: int, **
     report = {
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": facts,
-        "settings": {"model": model, "data": Path(data).name, "rounds": rounds, **numbers},
+        "settings": {"model": model, "data": Path(data).name, "rounds": rounds, **options},
         "cases": CASES,
         "tokens_per_second": {way: [[c["rate"] for c in one[way]["decode"]] for one in found] for way in WAYS},
         "equal_rows": _equal_rows(found[0]),
@@ -115,8 +117,10 @@ def _prepare(
     registered: int,
     resident: int,
     requests: int,
+    device: str,
     threads: int,
 ) -> dict[str, Any]:
+    place = pick_device(device)
     base = load_base(ModelConfig(model_name_or_path=model, device="cpu", dtype="float32"))
     text = [token for row in tokenized_rows(data, base.tokenizer) for token in row["input_ids"]]
     most = max(batch for _, batch in CASES)
@@ -141,6 +145,8 @@ def _prepare(
     click.echo(f"{registered} adapters registered", err=True)
     return {
         "model": base.source,
+        "device": str(place),
+        "dtype": str(pick_dtype("auto", place)).removeprefix("torch."),
         "adapters": adapters,
         "registry": registry,
         "prompts": prompts,

@@ -23,10 +23,10 @@ PAIRS = 15
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """Everything that the job asks of this way."""
     torch.set_num_threads(job["threads"])
-    base = load_base(ModelConfig(model_name_or_path=job["model"], device="cpu", dtype="float32"))
+    base = load_base(ModelConfig(model_name_or_path=job["model"], device=job["device"], dtype=job["dtype"]))
     size = {"max_adapters": job["resident"], "max_requests": max(batch for _, batch in job["cases"])}
     pool = AdapterPool(base, registry=job["registry"], check_base=False, **size)
-    empty = psutil.Process().memory_info().rss  # before the first adapter
+    empty = _held_bytes(base.device)  # before the first adapter
     found = {"decode": [_decode(pool, job, adapters, batch) for adapters, batch in job["cases"]]}
     return found | {"load": _load(pool, job), "switch": _switch(pool, job), "many": _many(pool, job, empty)}
 
@@ -65,8 +65,10 @@ def _load(pool: AdapterPool, job: dict[str, Any]) -> dict[str, float]:
             pool.evict(resident.label)
         start = time.perf_counter()
         pool.activate(name)
+        _wait(pool.base.device)
         middle = time.perf_counter()
-        load_file(Path(found.folder) / WEIGHTS)
+        load_file(Path(found.folder) / WEIGHTS, device=job["device"])
+        _wait(pool.base.device)
         whole.append(middle - start)
         raw.append(time.perf_counter() - middle)
     pool.disable()
@@ -99,12 +101,23 @@ def _many(pool: AdapterPool, job: dict[str, Any], empty: int) -> dict[str, Any]:
     return {
         "resident": len(pool.residents),
         "resident_bytes": sum(resident.bytes for resident in pool.residents),
-        "added_bytes": psutil.Process().memory_info().rss - empty,
+        "added_bytes": _held_bytes(pool.base.device) - empty,
         "hits": len(there),
         "misses": len(absent),
         "hit_seconds": median(there) if there else None,
         "miss_seconds": median(absent) if absent else None,
     }
+
+
+def _held_bytes(device: torch.device) -> int:
+    """Memory in use where the adapters lie."""
+    held: int = psutil.Process().memory_info().rss if device.type == "cpu" else torch.cuda.memory_allocated(device)
+    return held
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 if __name__ == "__main__":

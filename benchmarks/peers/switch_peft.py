@@ -13,7 +13,9 @@ from benchmarks.job import serve_plain
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """The same prompts in the same batches; base alone is the model before PEFT touches it."""
     torch.set_num_threads(job["threads"])
-    base = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32).eval()
+    base = (
+        AutoModelForCausalLM.from_pretrained(job["model"], dtype=getattr(torch, job["dtype"])).to(job["device"]).eval()
+    )
     base.generation_config = GenerationConfig()  # no token of the model's own ends an answer
     found = {case: _decode(base, job, *case) for case in map(tuple, job["cases"]) if not case[0]}
     model = PeftModel.from_pretrained(base, job["adapters"][0], adapter_name="a0")
@@ -26,7 +28,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
 def _decode(model: Any, job: dict[str, Any], adapters: int, batch: int) -> dict[str, Any]:
     names = {"adapter_names": [f"a{i % adapters}" for i in range(batch)]} if adapters else {}
-    ids = torch.tensor(job["prompts"][:batch])
+    ids = torch.tensor(job["prompts"][:batch], device=job["device"])
     _answer(model, ids, names, 2)
     first, _ = _answer(model, ids, names, 1)
     whole, tokens = _answer(model, ids, names, job["new_tokens"])
@@ -38,7 +40,8 @@ def _answer(model: Any, ids: torch.Tensor, names: dict[str, Any], count: int) ->
     settings = GenerationConfig(max_new_tokens=count, do_sample=False, pad_token_id=0)
     start = time.perf_counter()
     found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings, **names)
-    return time.perf_counter() - start, found[:, ids.shape[1] :].tolist()
+    tokens = found[:, ids.shape[1] :].tolist()  # waits for a GPU
+    return time.perf_counter() - start, tokens
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def test_label_rows(tmp_path: Path) -> None:
     write_rows(folder / "train.jsonl", label_rows(6))
     write_rows(folder / "test.jsonl", label_rows(20, 6))
     file = tmp_path / "out" / "predictions.jsonl"
-    result = evaluate(adapter=str(adapter), data=str(folder), predictions=str(file), batch_size=4)
+    result = evaluate(adapter=str(adapter), data=str(folder), predictions=str(file), batch_size=4, device="cpu")
     assert (result.split, result.rows, result.task) == ("test", 20, "label")
     adapted = opened(adapter)
     data = load_data(DataConfig(data=str(folder)), adapted.base.tokenizer)

@@ -234,6 +234,7 @@ def test_as_many_train_together_as_fill_a_pass(
 ) -> None:
     users = {"data": str(place / "users.jsonl"), "key": "user", "min_rows": 2, "held_out": 0.4}
     knobs = settings(place, f"pass-{tokens}", users=users, shared="none", keep=False, population_size=None)
+    knobs["device"] = "cpu"
     monkeypatch.setattr("lorafleet.training.capacity.TOKENS_OF_A_PASS", tokens)
     assert fleet(knobs).population_size == together
     assert fleet(knobs | {"population_size": 3, "output_dir": str(place / f"all-{tokens}")}).population_size == 3

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from lorafleet.lora.dense_rows import MOST_ROWS, DenseRows
 from lorafleet.lora.functional import add_bias, base_products, lora_linears
 from lorafleet.lora.mixed_rows import MixedRows, takes_mixed_rows
 from lorafleet.lora.packed import PackedWeight, pack
@@ -80,18 +81,23 @@ class Plan:
         """None: it names places in memory, so a copy of the layers makes its own."""
         return type(None), ()
 
-    def answers(self, x: Tensor, joint: JointWeight | None) -> tuple[Tensor, ...]:
+    def answers(self, x: Tensor, joint: JointWeight | None, first: LoraLinear) -> tuple[Tensor, ...]:
         """What the layers answer where nothing learns, in as few calls as can be: decoding makes many.
 
         Args:
             x: ``(tokens, in)``.
             joint: The layers' weights as one.
+            first: The first of the layers.
         """
         one = len(self.segments) == 1 and self.segments[0].stop - self.segments[0].start == len(x)
-        if self.segments and not one and not takes_mixed_rows(x, self.parts):
+        mixed = takes_mixed_rows(x, self.parts)
+        dense = self._dense(x, first) if self.segments and not mixed and len(x) <= MOST_ROWS else None
+        if self.segments and not mixed and not one and dense is None:
             return lora_linears(x, self.parts)
         found = base_products(x, self.parts) if joint is None else joint.products(x)
-        if one:
+        if dense is not None:
+            dense.add(x, found)
+        elif one:
             for y, layer in zip(found, self.parts, strict=True):
                 slot, rank, scaling = layer.segments[0].slot, layer.segments[0].rank, layer.segments[0].scaling
                 low_A, low_B = layer.lora_A[slot, :rank].to(x.dtype), layer.lora_B[slot, :rank].to(x.dtype)
@@ -103,6 +109,12 @@ class Plan:
         for y, layer in zip(found, self.parts, strict=True):
             add_bias(y, layer)
         return found
+
+    def _dense(self, x: Tensor, first: LoraLinear) -> DenseRows:
+        """Copies of A and B for this plan; those of the one before are let go, as they may be large."""
+        if first.dense is None or not first.dense.fits(self.parts):
+            first.dense = DenseRows(self.parts, x)
+        return first.dense
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -143,7 +155,9 @@ def outputs(layers: Sequence[LoraLinear], x: Tensor, joint: JointWeight | None =
         return [layer.base_layer(x) for layer in layers]
     flat = x.reshape(tokens, features) if lower is None else x.reshape(tokens, features).to(lower)
     learns = plan.drops or torch.is_grad_enabled()
-    found = lora_linears(flat, plan.parts) if learns else plan.answers(flat, joint)
+    if learns:
+        layers[0].dense = None  # fused optimizers change A and B unseen
+    found = lora_linears(flat, plan.parts) if learns else plan.answers(flat, joint, layers[0])
     if plan.magnitudes:
         found = tuple(layer.stretch(y, part.segments) for layer, y, part in zip(layers, found, plan.parts, strict=True))
     return [*found] if x.ndim == 2 else [y.view(*x.shape[:-1], y.shape[-1]) for y in found]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lorafleet.errors import AdapterError, ModelError
+from lorafleet.lora.dense_rows import DenseRows
 from lorafleet.lora.dora import rescale, row_norms
 from lorafleet.lora.embedding import add_lookups
 from lorafleet.lora.joint import Plan, active_segments, outputs
@@ -88,6 +89,7 @@ class LoraLinear(nn.Module):
         self.shared_input: Callable[[LoraLinear, Tensor], Tensor] | None = None
         self.unmerged: tuple[Tensor, Tensor | None] | None = None
         self.plans: dict[int, Plan] = {}
+        self.dense: DenseRows | None = None
 
     @property
     def weight(self) -> Tensor:

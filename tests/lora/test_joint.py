@@ -1,0 +1,101 @@
+"""What layers that read the same input prepare for a routing is right whatever happens to their slots."""
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from lorafleet.config import LoraConfig
+from lorafleet.lora import LoraBank, Routing, inject_lora
+from lorafleet.lora.dense_rows import MOST_ROWS
+from lorafleet.lora.functional import lora_linear_reference
+
+ROUTING = Routing((0, 1, -1), (4, 3, 2))
+X = torch.randn(9, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+class Pair(nn.Module):
+    """Two layers that read the same input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.gate = nn.Linear(12, 5), nn.Linear(12, 7)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.up(x), self.gate(x)], dim=-1)
+
+
+def prepared(dtype: torch.dtype) -> tuple[Pair, LoraBank, Callable[[], None]]:
+    """A pair with two adapters, and a check that a mixed batch gives what the definition does."""
+    model = Pair().to(dtype)
+    bank = inject_lora(model, [LoraConfig(r=r, target_modules=["up", "gate"]) for r in (2, 3)], num_slots=3)
+    randomize(bank, 0, 1)
+    x = X.to(dtype)
+    bank.speed_up(lambda: model(x), training=False)
+
+    def check() -> None:
+        with torch.no_grad(), bank.route(ROUTING):
+            mixed = model(x)
+            segments = [s for s in model.up.router.segments(len(x)) if s.slot >= 0]
+            parts = [one.tensors([one.segment(s) for s in segments], None) for one in (model.up, model.gate)]
+            wanted = torch.cat([lora_linear_reference(x, part) for part in parts], dim=1)
+        assert (mixed - wanted).norm() <= (1e-12 if dtype == torch.float64 else 0.02) * wanted.norm()
+
+    return model, bank, check
+
+
+def randomize(bank: LoraBank, *slots: int) -> None:
+    for slot in slots:
+        for parameter in bank.slot_parameters(slot).values():
+            parameter.value.normal_()
+
+
+# One is prepared for oneMKL where PyTorch carries it, the other as on a GPU.
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_plan_is_made_anew_when_slots_change(dtype: torch.dtype) -> None:
+    model, bank, check = prepared(dtype)
+    check()
+    bank.rescale(1, 3.0)
+    check()
+    bank.slot_parameters(0)["up.lora_A"].value.neg_()
+    check()
+    bank.remove(1)
+    bank.add(LoraConfig(r=5, target_modules=["up"]), seed=3)
+    randomize(bank, 1)
+    check()
+    model.float().to(dtype)
+    check()
+    twin = copy.deepcopy(model)  # a copy lays out its own
+    assert model.up.plans and all(plan is None for plan in twin.up.plans.values())
+    assert twin.up.dense is None
+    assert pickle.loads(pickle.dumps(next(iter(model.up.plans.values())))) is None
+
+
+def test_what_a_fused_optimizer_changes_is_seen() -> None:
+    model, bank, check = prepared(torch.bfloat16)
+    check()
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(learned, lr=10.0, fused=True)
+    with bank.route(ROUTING):
+        model(X.bfloat16()).sum().backward()
+    before = [parameter.detach().clone() for parameter in learned]
+    optimizer.step()
+    assert not all(map(torch.equal, before, learned))
+    check()
+
+
+def test_copies_of_slots_are_kept_while_a_routing_comes_again() -> None:
+    model, bank, check = prepared(torch.bfloat16)
+    check()
+    dense = model.up.dense
+    check()
+    assert dense is not None and model.up.dense is dense
+    with torch.no_grad(), bank.route(Routing((0, 1), (MOST_ROWS, 1))):
+        model(torch.zeros(MOST_ROWS + 1, 12, dtype=torch.bfloat16))
+    assert model.up.dense is dense  # many rows go without
+    with torch.no_grad(), bank.route(Routing((1,), (9,))):
+        model(X.bfloat16())
+    assert model.up.dense is not dense
