@@ -327,9 +327,9 @@ class LoraBank:
     def speed_up(self, run: Callable[[], object], *, training: bool = True) -> None:
         """Prepare for many steps: layers that read the same tensor compute together, frozen weights are packed.
 
-        Packing is for CPUs and costs two more copies of the weights, one without training; originals that are mapped
-        from a file leave memory until they are read again. Results change by rounding, so the bitwise promises hold
-        before this call only.
+        Packing is for CPUs and costs two more copies of the weights, without training one where few rows have no
+        layout of their own; originals that are mapped from a file leave memory until they are read again. Results
+        change by rounding, so the bitwise promises hold before this call only.
 
         Args:
             run: Runs the model once on a few tokens, to see which layers read the same tensor.

@@ -9,6 +9,7 @@ it there is no grouped product on a CPU.
 import ctypes
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple, Self, cast
 
@@ -62,7 +63,7 @@ def grouped_gemm(
         alpha: Factor of the products.
         beta: 1 adds to C, 0 sets it.
     """
-    groups, real = len(counts), real_type(a.view.dtype)
+    groups, real = len(counts), _REALS[a.view.dtype]
     # Fortran's matrices are the transposed ones of C: Cᵀ = Bᵀ·Aᵀ.
     (b_letter, b_leading), (a_letter, a_leading) = _layout(b.view), _layout(a.view)
     m, n, k = (_by_group(size, groups) for size in sizes)
@@ -75,7 +76,7 @@ def grouped_gemm(
         np.array([groups]),
         counts,
     ]
-    function = gemm_function(a.view.dtype)
+    function = _gemm_function(a.view.dtype)
     assert function is not None
     function(b_letter * groups, a_letter * groups, *(array.ctypes.data for array in arrays))
 
@@ -95,6 +96,49 @@ def readable(matrices: Tensor) -> Tensor:
     return matrices if fits else matrices.contiguous()
 
 
+class Sizes(NamedTuple):
+    """Rows and columns of each C, columns of M, from column to column of C, and factors: in Fortran's order."""
+
+    m: list[int]
+    n: list[int]
+    k: list[int]
+    leading: list[int]
+    alpha: list[float]
+
+
+class Gemms:
+    """Products ``C = alpha·M·V + beta·C`` in Fortran's order, each of its own size.
+
+    Args:
+        letter: Whether M is transposed.
+        sizes: Of each product; those of the same sizes in a row are one group of oneMKL's.
+        places: Addresses of each product's M, V and C, read at each call.
+        beta: 1 adds to C.
+        dtype: Of all of them.
+    """
+
+    def __init__(
+        self, letter: bytes, sizes: Sizes, places: tuple[Numbers, Numbers, Numbers], beta: float, dtype: torch.dtype
+    ) -> None:
+        groups = [(key, len(list(same))) for key, same in groupby(zip(*sizes, strict=True))]
+        count = len(groups)
+        number, real = ctypes.c_int64 * count, _REALS[dtype] * count
+        m, n, k, leading = (number(*(int(key[i]) for key, _ in groups)) for i in range(4))
+        function = _gemm_function(dtype)
+        assert function is not None
+        self._function, self._places = function, places  # held, as the arguments are addresses only
+        of_m, of_v, of_c = (addresses.ctypes.data for addresses in places)
+        self._arguments = (
+            *(letter * count, b"N" * count, m, n, k, real(*(key[4] for key, _ in groups))),
+            *(of_m, k if letter == b"T" else m, of_v, k, real(*[beta] * count), of_c, leading),
+            *(ctypes.byref(ctypes.c_int64(count)), number(*(same for _, same in groups))),
+        )
+
+    def __call__(self) -> None:
+        """Run them."""
+        self._function(*self._arguments)
+
+
 def has_grouped_gemm(like: Tensor) -> bool:
     """Whether :func:`grouped_gemm` takes tensors of this type and place."""
     return like.device.type == "cpu" and _works(like.dtype)
@@ -106,13 +150,8 @@ def _layout(matrix: Tensor) -> tuple[bytes, int]:
     return (b"N", down) if across == 1 and down >= matrix.shape[-1] else (b"T", across)
 
 
-def real_type(dtype: torch.dtype) -> _Real:
-    """The type of C for oneMKL's factors."""
-    return _REALS[dtype]
-
-
 @cache
-def gemm_function(dtype: torch.dtype) -> Callable[..., None] | None:
+def _gemm_function(dtype: torch.dtype) -> Callable[..., None] | None:
     """OneMKL's function for this type; none where PyTorch has been built without it."""
     try:
         function = getattr(ctypes.CDLL(str(_LIBRARY)), _NAMES[dtype])
@@ -125,7 +164,7 @@ def gemm_function(dtype: torch.dtype) -> Callable[..., None] | None:
 @cache
 def _works(dtype: torch.dtype) -> bool:
     """Whether the function is there and its answer is the product; found out once."""
-    if gemm_function(dtype) is None:
+    if _gemm_function(dtype) is None:
         return False
     a, b, c = (torch.arange(24, dtype=dtype).view(shape) for shape in ((8, 3), (2, 3, 4), (6, 4)))
     wanted = torch.cat([2 * a[:2] @ b[0], 2 * a[3:7] @ b[1]]) + c

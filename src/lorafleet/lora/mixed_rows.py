@@ -4,17 +4,14 @@ Each step makes hundreds of such products, and of one row each they are all over
 step to step is laid out once: two calls of oneMKL for all segments of all layers that read the same input.
 """
 
-import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, groupby
-from typing import NamedTuple
+from itertools import accumulate
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from lorafleet.lora.grouped_gemm import Numbers, gemm_function, has_grouped_gemm, real_type
+from lorafleet.lora.grouped_gemm import Gemms, Sizes, has_grouped_gemm
 from lorafleet.lora.segments import LinearTensors
 
 
@@ -72,10 +69,10 @@ class MixedRows:
         self._inputs, self._results = np.zeros_like(lows), np.zeros_like(lows)
         # Fortran reads rows as columns: lowᵀ = A·xᵀ, then yᵀ += s·B·lowᵀ.
         count, leading = len(products), [strides[p.layer] for p in products]
-        down = _Sizes(ranks, rows, [inner] * count, ranks, [1.0] * count)
-        up = _Sizes(outs, rows, ranks, leading, [p.scaling for p in products])
-        self._down = _Gemms(b"T", down, (of_A, self._inputs, lows), 0.0, dtype)
-        self._up = _Gemms(b"N", up, (of_B, lows, self._results), 1.0, dtype)
+        down = Sizes(ranks, rows, [inner] * count, ranks, [1.0] * count)
+        up = Sizes(outs, rows, ranks, leading, [p.scaling for p in products])
+        self._down = Gemms(b"T", down, (of_A, self._inputs, lows), 0.0, dtype)
+        self._up = Gemms(b"N", up, (of_B, lows, self._results), 1.0, dtype)
 
     def add(self, x: Tensor, outputs: Sequence[Tensor]) -> None:
         """Add to ``outputs (rows, out)``, one for each layer, what the slots add for ``x (rows, in)``."""
@@ -85,49 +82,6 @@ class MixedRows:
         np.add(self._y_places, np.array([y.data_ptr() for y in outputs])[self._y_layers], out=self._results)
         self._down()
         self._up()
-
-
-class _Sizes(NamedTuple):
-    """Rows and columns of each C, columns of M, from column to column of C, and factors: in Fortran's order."""
-
-    m: list[int]
-    n: list[int]
-    k: list[int]
-    leading: list[int]
-    alpha: list[float]
-
-
-class _Gemms:
-    """Products ``C = alpha·M·V + beta·C`` in Fortran's order, each of its own size.
-
-    Args:
-        letter: Whether M is transposed.
-        sizes: Of each product; those of the same sizes in a row are one group of oneMKL's.
-        places: Addresses of each product's M, V and C, read at each call.
-        beta: 1 adds to C.
-        dtype: Of all of them.
-    """
-
-    def __init__(
-        self, letter: bytes, sizes: _Sizes, places: tuple[Numbers, Numbers, Numbers], beta: float, dtype: torch.dtype
-    ) -> None:
-        groups = [(key, len(list(same))) for key, same in groupby(zip(*sizes, strict=True))]
-        count = len(groups)
-        number, real = ctypes.c_int64 * count, real_type(dtype) * count
-        m, n, k, leading = (number(*(int(key[i]) for key, _ in groups)) for i in range(4))
-        function = gemm_function(dtype)
-        assert function is not None
-        self._function, self._places = function, places  # held, as the arguments are addresses only
-        of_m, of_v, of_c = (addresses.ctypes.data for addresses in places)
-        self._arguments = (
-            *(letter * count, b"N" * count, m, n, k, real(*(key[4] for key, _ in groups))),
-            *(of_m, k if letter == b"T" else m, of_v, k, real(*[beta] * count), of_c, leading),
-            *(ctypes.byref(ctypes.c_int64(count)), number(*(same for _, same in groups))),
-        )
-
-    def __call__(self) -> None:
-        """Run them."""
-        self._function(*self._arguments)
 
 
 def takes_mixed_rows(x: Tensor, layers: Sequence[LinearTensors]) -> bool:

@@ -1,0 +1,53 @@
+"""Products of few rows with a weight in blocks are the plain ones."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from lorafleet.lora.few_rows import FEW, FewRows
+from lorafleet.lora.grouped_gemm import has_grouped_gemm
+from lorafleet.lora.packed import PackedWeight, pack
+
+X = torch.randn(FEW + 1, 12)
+pytestmark = pytest.mark.skipif(not has_grouped_gemm(X), reason="this PyTorch carries no grouped products for CPUs")
+
+
+@pytest.mark.parametrize(("out", "width"), [(32, 16), (35, 16), (5, 16), (48, 48)])
+def test_products(out: int, width: int) -> None:
+    weight, bias = torch.randn(out, 12), torch.randn(out)
+    few = FewRows.of(weight, width)
+    for rows in (1, 8, FEW, 1):
+        x = torch.randn(rows, 12)
+        torch.testing.assert_close(few.linear(x, None), x @ weight.T)
+        torch.testing.assert_close(few.linear(x, bias), x @ weight.T + bias)
+    columns = torch.randn(3, 24)[:, ::2]  # not side by side in memory
+    torch.testing.assert_close(few.linear(columns, None), columns @ weight.T)
+
+
+def test_a_weight_that_is_stored_transposed() -> None:
+    weight = torch.randn(12, 20).T
+    torch.testing.assert_close(FewRows.of(weight, 16).linear(X[:4], None), X[:4] @ weight.T)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda few: pickle.loads(pickle.dumps(few))])
+def test_a_copy_lies_in_places_of_its_own(copied: object) -> None:
+    assert callable(copied)
+    weight = torch.randn(20, 12)
+    few = FewRows.of(weight, 16)
+    twin = copied(few)
+    few._blocks.zero_()
+    torch.testing.assert_close(twin.linear(X[:4], None), X[:4] @ weight.T)
+
+
+def test_few_rows_take_the_blocks_and_many_do_not() -> None:
+    weight = torch.randn(20, 12)
+    packed = PackedWeight(weight, training=False, width=16)
+    assert packed._few is not None
+    packed._few._blocks.zero_()
+    assert not packed.linear(X[:FEW], None).any()
+    for rows in (FEW + 1, 0):
+        torch.testing.assert_close(packed.linear(X[:rows], None), X[:rows] @ weight.T)
+    trained = pack(weight)
+    assert trained is None or trained._few is None  # in training a pass has many rows
