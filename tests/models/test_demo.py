@@ -101,7 +101,7 @@ def test_a_conversion_that_was_killed_is_done_again(
     assert not demo_base_place().exists()
     monkeypatch.setattr(demo, "_convert_gguf", convert_slowly)
     caplog.set_level(logging.INFO)
-    assert demo_base_folder() == demo_base_place() == own_cache / "smollm2-135m-1"
+    assert demo_base_folder() == demo_base_place() == own_cache / "smollm2-135m-2"
     assert "unpacking the demo base" in caplog.text
     assert not list(own_cache.glob(".*partial"))
 

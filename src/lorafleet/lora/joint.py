@@ -73,6 +73,8 @@ class Plan:
         self.segments = active_segments(layers, tokens)
         self.parts = [layer.tensors([layer.segment(s) for s in self.segments], lower) for layer in layers]
         self.drops = any(s.dropout for part in self.parts for s in part.segments)
+        # Dropout draws its masks anew in each pass, and a weight in lower precision would be one more copy.
+        self.kept = not self.drops and lower is None
         self.packed = all(layer.packed is not None for layer in layers)
         self.magnitudes = any(layer.learns_magnitude[s.slot] for layer in layers for s in self.segments)
         self.mixed: MixedRows | None = None
@@ -90,13 +92,13 @@ class Plan:
             first: The first of the layers.
         """
         one = len(self.segments) == 1 and self.segments[0].stop - self.segments[0].start == len(x)
-        mixed = takes_mixed_rows(x, self.parts)
-        dense = self._dense(x, first) if self.segments and not mixed and len(x) <= MOST_ROWS else None
-        if self.segments and not mixed and not one and dense is None:
+        mixed = bool(self.segments) and takes_mixed_rows(x, self.parts)
+        copies = bool(self.segments) and not mixed and self.kept and len(x) <= MOST_ROWS
+        if self.segments and not (mixed or one or copies):
             return lora_linears(x, self.parts)
         found = base_products(x, self.parts) if joint is None else joint.products(x)
-        if dense is not None:
-            dense.add(x, found)
+        if copies:
+            self._dense(x, first).add(x, found)
         elif one:
             for y, layer in zip(found, self.parts, strict=True):
                 slot, rank, scaling = layer.segments[0].slot, layer.segments[0].rank, layer.segments[0].scaling
@@ -138,8 +140,7 @@ def _plan_for(layers: Sequence[LoraLinear], x: Tensor, tokens: int, lower: torch
     known = first.plans.get(id(laid))
     if known is None or known.laid is not laid or known.state != state:
         known = Plan(layers, tokens, lower, laid, state)
-        # Dropout draws its masks anew in each pass, and a weight in lower precision would be one more copy.
-        if not known.drops and lower is None:
+        if known.kept:
             remember(first.plans, id(laid), known)
     return known
 

