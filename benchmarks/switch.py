@@ -52,7 +52,7 @@ _DIFFERENT = 32
 @click.option("--registered", type=click.IntRange(1), default=1000, help="Adapters in the registry.")
 @click.option("--resident", type=click.IntRange(32), default=64, help="Adapters in memory.")
 @click.option("--requests", type=click.IntRange(1), default=150, help="Over the registered adapters.")
-@click.option("--device", default="auto", help="Where, as --device of train; the precision follows from it.")
+@click.option("--device", default="cpu", help="Where, as --device of train; the precision follows from it.")
 @click.option("--threads", type=click.IntRange(1), default=os.cpu_count(), help="CPU threads.")
 @click.option("--output", type=click.Path(path_type=Path), default=Path("benchmarks/results/switch.json"))
 def main(model: str, data: str, output: Path, rounds: int, **options: Any) -> None:
@@ -96,7 +96,7 @@ def benchmark(model: str, data: str, folder: Path, output: Path, rounds: int, **
     report = {
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": facts,
-        "settings": {"model": model, "data": Path(data).name, "rounds": rounds, **options},
+        "settings": {"model": model, "data": Path(data).name, "rounds": rounds, **options, "dtype": job["dtype"]},
         "cases": CASES,
         "tokens_per_second": {way: [[c["rate"] for c in one[way]["decode"]] for one in found] for way in WAYS},
         "equal_rows": _equal_rows(found[0]),

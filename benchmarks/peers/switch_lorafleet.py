@@ -111,7 +111,7 @@ def _many(pool: AdapterPool, job: dict[str, Any], empty: int) -> dict[str, Any]:
 
 def _held_bytes(device: torch.device) -> int:
     """Memory in use where the adapters lie."""
-    held: int = psutil.Process().memory_info().rss if device.type == "cpu" else torch.cuda.memory_allocated(device)
+    held: int = torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
     return held
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lorafleet.lora.dense_rows import DenseRows
+from lorafleet.lora.dense_rows import DenseRows, takes_dense_rows
 from tests.lora.test_mixed_rows import X, layers
 from tests.test_devices import DEVICES
 
@@ -36,3 +36,12 @@ def test_copies_are_known_to_be_old() -> None:
     assert prepared.fits(both) and not prepared.fits(list(both))
     both[1].lora_B[0].neg_()
     assert not prepared.fits(both)
+
+
+def test_it_is_for_few_rows_and_ranks() -> None:
+    both = layers(torch.float64)
+    assert takes_dense_rows(X, both)
+    assert not takes_dense_rows(X.repeat(20, 1), both)
+    assert not takes_dense_rows(X.to("meta"), both)
+    wide = [both[0]._replace(segments=[s._replace(rank=2000) for s in both[0].segments])]
+    assert not takes_dense_rows(X, wide)

@@ -49,5 +49,8 @@ def test_few_rows_take_the_blocks_and_many_do_not() -> None:
     assert not packed.linear(X[:FEW], None).any()
     for rows in (FEW + 1, 0):
         torch.testing.assert_close(packed.linear(X[:rows], None), X[:rows] @ weight.T)
+    few = packed._few
+    others = X[:2].double(), X[:2].bfloat16(), X[:2, :5], X[:2].to("meta")
+    assert few.takes(X[:2]) and not any(map(few.takes, others))
     trained = pack(weight)
     assert trained is None or trained._few is None  # in training a pass has many rows

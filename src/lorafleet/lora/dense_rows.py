@@ -1,18 +1,26 @@
 """The LoRA products of few rows where nothing learns and each call costs more than its arithmetic: a GPU's decoding.
 
-All slots of a batch stand in one matrix; a row's products with those that are not its own are set to zero. That is two
-calls for all layers that read the same input and one more for each, whatever the number of slots.
+All slots of a batch stand in one matrix; a row's products with those that are not its own are set to zero. That is
+three calls for all layers that read the same input and one more for each, whatever the number of slots.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lorafleet.lora.segments import LinearTensors
 
-MOST_ROWS = 128
-"""Rows up to which products with other rows' slots cost next to nothing."""
+_MOST_ROWS, _MOST_COLUMNS = 128, 4096  # products with other rows' slots cost next to nothing up to here
+
+
+def takes_dense_rows(x: Tensor, layers: Sequence[LinearTensors]) -> bool:
+    """Whether :class:`DenseRows` is for a batch ``x (rows, in)``: few rows, and not all too many ranks."""
+    slots = {s.slot for s in layers[0].segments}
+    columns = len(slots) * sum(max(s.rank for s in layer.segments) for layer in layers)
+    return not x.is_meta and len(x) <= _MOST_ROWS and columns <= _MOST_COLUMNS
 
 
 class DenseRows:
@@ -41,6 +49,9 @@ class DenseRows:
                 first = slots.index(s.slot) * rank
                 part[s.start : s.stop, first : first + s.rank] = s.scaling
         self._scales = scales.to(x)
+        self._others = self._scales == 0
+        self.isolates = all(bool(low_B.isfinite().all()) for low_B in self._B)
+        """Whether a row gets nothing of other rows' slots: zero times what is no number would be none."""
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         """None: a copy of the layers makes its own."""
@@ -52,10 +63,22 @@ class DenseRows:
 
     def add(self, x: Tensor, outputs: Sequence[Tensor]) -> None:
         """Add to ``outputs (rows, out)``, one for each layer, what the slots add for ``x (rows, in)``."""
-        low = (x @ self._A.T).mul_(self._scales)
+        low = (x @ self._A.T).mul_(self._scales).masked_fill_(self._others, 0)
         for y, part, low_B in zip(outputs, low.split(self._widths, dim=1), self._B, strict=True):
             y.addmm_(part, low_B)
 
 
-def _changes(layers: Sequence[LinearTensors]) -> list[tuple[int, int]]:
-    return [(layer.lora_A._version, layer.lora_B._version) for layer in layers]
+def _changes(layers: Sequence[LinearTensors]) -> list[object]:
+    return [_steps, *((layer.lora_A._version, layer.lora_B._version) for layer in layers)]
+
+
+_steps = 0
+
+
+def _count_step(*_: Any) -> None:
+    """Fused optimizers change A and B without a trace."""
+    global _steps
+    _steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)

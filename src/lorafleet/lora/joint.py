@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from lorafleet.lora.dense_rows import MOST_ROWS, DenseRows
+from lorafleet.lora.dense_rows import DenseRows, takes_dense_rows
 from lorafleet.lora.functional import add_bias, base_products, lora_linears
 from lorafleet.lora.mixed_rows import MixedRows, takes_mixed_rows
 from lorafleet.lora.packed import PackedWeight, pack
@@ -93,12 +93,12 @@ class Plan:
         """
         one = len(self.segments) == 1 and self.segments[0].stop - self.segments[0].start == len(x)
         mixed = bool(self.segments) and takes_mixed_rows(x, self.parts)
-        copies = bool(self.segments) and not mixed and self.kept and len(x) <= MOST_ROWS
-        if self.segments and not (mixed or one or copies):
+        dense = self._dense(x, first) if self.segments and not mixed else None
+        if self.segments and not (mixed or one or dense):
             return lora_linears(x, self.parts)
         found = base_products(x, self.parts) if joint is None else joint.products(x)
-        if copies:
-            self._dense(x, first).add(x, found)
+        if dense is not None:
+            dense.add(x, found)
         elif one:
             for y, layer in zip(found, self.parts, strict=True):
                 slot, rank, scaling = layer.segments[0].slot, layer.segments[0].rank, layer.segments[0].scaling
@@ -112,11 +112,13 @@ class Plan:
             add_bias(y, layer)
         return found
 
-    def _dense(self, x: Tensor, first: LoraLinear) -> DenseRows:
+    def _dense(self, x: Tensor, first: LoraLinear) -> DenseRows | None:
         """Copies of A and B for this plan; those of the one before are let go, as they may be large."""
         if first.dense is None or not first.dense.fits(self.parts):
+            if not self.kept or not takes_dense_rows(x, self.parts):
+                return None
             first.dense = DenseRows(self.parts, x)
-        return first.dense
+        return first.dense if first.dense.isolates else None
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -157,7 +159,7 @@ def outputs(layers: Sequence[LoraLinear], x: Tensor, joint: JointWeight | None =
     flat = x.reshape(tokens, features) if lower is None else x.reshape(tokens, features).to(lower)
     learns = plan.drops or torch.is_grad_enabled()
     if learns:
-        layers[0].dense = None  # fused optimizers change A and B unseen
+        layers[0].dense = None  # the population's fused optimizer changes A and B unseen
     found = lora_linears(flat, plan.parts) if learns else plan.answers(flat, joint, layers[0])
     if plan.magnitudes:
         found = tuple(layer.stretch(y, part.segments) for layer, y, part in zip(layers, found, plan.parts, strict=True))

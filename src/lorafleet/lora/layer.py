@@ -114,6 +114,7 @@ class LoraLinear(nn.Module):
             return
         self._norms.clear()
         self.plans.clear()  # they hold the old parameters
+        self.dense = None
         self.router.version += 1
         new_A = self.lora_A.new_zeros((slots, rank, self.in_features))
         new_B = self.lora_B.new_zeros((slots, rank, self.out_features))
@@ -203,6 +204,7 @@ class LoraLinear(nn.Module):
     def clear(self, slot: int) -> None:
         """Empty a slot: rank 0 and nothing but zeros."""
         self.router.version += 1
+        self.dense = None
         self.ranks[slot], self.scalings[slot], self.dropouts[slot], self.trains_bias[slot] = 0, 0.0, 0.0, False
         self.trained_ranks[slot], self.learns_magnitude[slot] = 0, False
         self._norms.pop(slot, None)
@@ -248,6 +250,7 @@ class LoraLinear(nn.Module):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         """Note that the layer was moved or converted."""
         self.router.version += 1
+        self.dense = None
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
     def merge(self, slot: int) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lorafleet.errors import ModelError
-from lorafleet.lora.few_rows import FEW, FewRows
+from lorafleet.lora.few_rows import FewRows
 from lorafleet.lora.grouped_gemm import has_grouped_gemm
 
 ROWS = 512
@@ -49,7 +49,7 @@ class PackedWeight:
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """``x·Wᵀ + b`` for ``x (rows, in)``."""
-        if self._few is not None and 0 < len(x) <= FEW:
+        if self._few is not None and self._few.takes(x):
             return self._few.linear(x, bias)
         return _product(x, self._forward, bias)
 

@@ -56,8 +56,10 @@ def load_gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
             backend.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
         # Transformers 5.17 takes the token of the beginning for that of the end, and none for padding.
         given = {role: fields[name] for role, name in _ROLES.items() if fields[name] is not None}
-        tokens = {role: str(tokenizer.convert_ids_to_tokens(number)) for role, number in given.items()}
-        amended: dict[str, Any] = {r: token for r, token in tokens.items() if token != getattr(tokenizer, r)}
+        tokens = {role: tokenizer.convert_ids_to_tokens(number) for role, number in given.items()}
+        amended: dict[str, Any] = {
+            r: token for r, token in tokens.items() if token not in (None, getattr(tokenizer, r))
+        }
         if amended:
             tokenizer.add_special_tokens(amended)
     return tokenizer
