@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lorafleet.models.lean as module
-from lorafleet.config import GenerationConfig
+from lorafleet.config import GenerationConfig, LoraConfig
 from lorafleet.data.batches import Part, collate
 from lorafleet.evaluation.token_loss import LossModel
 from lorafleet.generation.decoder import Decoder
 from lorafleet.generation.request import Request
-from lorafleet.lora import LoraBank
+from lorafleet.lora import LoraBank, inject_lora
 from lorafleet.models.attention import FlatLayout, flat_inputs, use_cached_attention
 from lorafleet.models.cached_attention import CachedLayout, KeyValueCache
 from lorafleet.models.head import plain_decoder
@@ -21,6 +21,7 @@ from lorafleet.models.lean import LeanLayers, lean
 from lorafleet.models.load import Base
 from tests.evaluation.test_token_loss import make_rows
 from tests.generation.tiny_bank import tiny_base, trained_bank
+from tests.lora.test_bank import fill
 from tests.tiny import ARCHITECTURES
 
 KNOWN = ("llama", "mistral", "qwen2", "qwen3")
@@ -89,6 +90,36 @@ def test_gradients_equal_the_decoders(arch: str, dtype: torch.dtype) -> None:
     assert len(found[0]) > 25
     for one, other in zip(*found, strict=True):
         assert (one - other).norm() <= tolerance * other.norm()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_behind_its_attention_the_last_layer_computes_targets_alone(dropout: float) -> None:
+    base = tiny_base("llama", torch.float64)
+    bank = inject_lora(base.model, [LoraConfig(r=2), LoraConfig(r=2, modules_to_save=["norm"], lora_dropout=dropout)])
+    for slot in range(2):
+        fill(bank, slot, seed=slot)
+    bank.train()
+    loss_model = LossModel(base.model, bank, 0)
+    assert isinstance(loss_model.decoder, LeanLayers)
+    rows = [make_rows(slot, (5, 9, 9)) for slot in range(3)]
+    for row in rows[2]:
+        row.loss_mask[:] = False
+    batch, tokens = collate([Part(1, rows[0]), Part(0, rows[2]), Part(0, rows[1][:1]), Part(-1, rows[1])]), list[int]()
+    for layer in (loss_model.decoder.layers[0], loss_model.decoder.layers[-1]):
+        layer.mlp["down_proj"].register_forward_pre_hook(lambda _, inputs: tokens.append(len(inputs[0])))
+    found = []
+    for body in (loss_model.decoder, loss_model.decoder.decoder):
+        loss_model.decoder = body
+        loss = loss_model(batch)
+        loss.total.backward()
+        norm = bank.slot_parameters(1)["model.norm.weight"].grad
+        assert norm is not None
+        low_A = bank.layers["model.layers.1.mlp.up_proj"].lora_A.grad
+        found.append([torch.tensor(loss.parts), loss.total.detach(), norm.clone(), low_A])
+        bank.clear_gradients()
+    assert tokens[1] == (tokens[0] if dropout else len(batch.targets))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])

@@ -20,7 +20,7 @@ from lorafleet.lora.packed import PackedWeight, pack
 from lorafleet.lora.slots import answering
 from lorafleet.models.attention import FlatLayout, flat_inputs, use_flat_attention
 from lorafleet.models.head import few_ids, plain_decoder
-from lorafleet.models.lean import lean
+from lorafleet.models.lean import LeanLayers, Wanted, lean
 from lorafleet.models.shared_prompts import SharedPrompts
 from lorafleet.pace import Pace
 
@@ -145,13 +145,18 @@ class LossModel:
         weights = batch.weights.to(self.device, torch.promote_types(self.model.dtype, torch.float32))
         shared = self._shared_prompts(batch)
         inputs, positions = self._inputs(batch, shared)
-        with self._route(batch.routing(shared, padded=not self.flat)):
+        routing = batch.routing(shared, padded=not self.flat)
+        with self._route(routing):
             if self.decoder is None:
-                logits = self._model_logits(inputs, positions).to(weights.dtype)
+                logits = self._model_logits(inputs, positions.to(self.device)).to(weights.dtype)
                 losses = F.cross_entropy(logits, targets, reduction="none")
                 total = (losses * weights).sum()
+            elif isinstance(self.decoder, LeanLayers) and not self._drops(batch):
+                kept, back = positions.unique(return_inverse=True)
+                wanted = Wanted(kept.to(self.device), self._route(routing.of(kept)))
+                hidden = self.decoder(**inputs, wanted=wanted)[0][0].index_select(0, back.to(self.device))
             else:
-                hidden = self.decoder(**inputs)[0].flatten(0, 1).index_select(0, positions)
+                hidden = self.decoder(**inputs)[0].flatten(0, 1).index_select(0, positions.to(self.device))
         if self.decoder is not None:
             total, losses = self._head_loss(hidden, targets, weights, batch)
         return total, losses
@@ -160,21 +165,24 @@ class LossModel:
         """What the rows of each part begin with, computed once; under dropout each row has masks of its own instead."""
         if not self.flat:
             return None
-        bank = self.bank
-        return batch.shared_prompts([slot for slot in batch.slots if bank is not None and bank.drops(slot)])
+        return batch.shared_prompts(self._drops(batch))
+
+    def _drops(self, batch: FlatBatch) -> list[int]:
+        """The slots with dropout masks, which go by all tokens of a slot."""
+        return [] if self.bank is None else [slot for slot in batch.slots if self.bank.drops(slot)]
 
     def _inputs(self, batch: FlatBatch, shared: SharedPrompts | None) -> tuple[dict[str, Any], Tensor]:
-        """Arguments of the model's forward, and where the targets' predictions stand in its flattened output."""
+        """Arguments of the model's forward, and (on the CPU) where in its flattened output targets are predicted."""
         if self.flat:
             ids, places, targets = batch.input_ids, batch.position_ids, batch.positions
             if shared is not None:
                 ids, places, targets = ids[shared.kept], places[shared.kept], shared.place[targets]
                 shared = shared.to(self.device)
             layout = FlatLayout(batch.lengths, shared)
-            return flat_inputs(ids.to(self.device)[None], places.to(self.device)[None], layout), targets.to(self.device)
+            return flat_inputs(ids.to(self.device)[None], places.to(self.device)[None], layout), targets
         padded_ids, mask, where = batch.padded(self.pad_id)
         inputs = {"input_ids": padded_ids.to(self.device), "attention_mask": mask.to(self.device), "use_cache": False}
-        return inputs, where.to(self.device)
+        return inputs, where
 
     def _model_logits(self, inputs: dict[str, Any], positions: Tensor) -> Tensor:
         if self.flat and self.bank is None:

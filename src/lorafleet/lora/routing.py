@@ -3,7 +3,11 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
 
 from lorafleet.errors import RoutingError
 
@@ -67,6 +71,13 @@ class Routing:
             segments.append(Segment(slot, start, start + length * scale, key))
             start += length * scale
         return tuple(segments)
+
+    def of(self, tokens: Tensor) -> "Routing":
+        """The routing of some of its tokens, in their order, without dropout keys: masks go by whole segments."""
+        ends = torch.tensor([0, *accumulate(self.lengths)])
+        counts = torch.searchsorted(tokens, ends).diff().tolist()
+        kept = [(slot, count) for slot, count in zip(self.slots, counts, strict=True) if count]
+        return Routing(tuple(slot for slot, _ in kept), tuple(count for _, count in kept))
 
 
 _REMEMBERED = 16

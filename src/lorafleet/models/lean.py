@@ -8,8 +8,9 @@ Embedding and projections stay the model's own modules.
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,18 @@ class _Layer:
     window: int | None
 
 
+class Wanted(NamedTuple):
+    """Tokens whose last hidden states are asked for; behind its attention the last layer computes them alone.
+
+    Args:
+        tokens: ``(wanted,)``, their places in the batch.
+        routing: Puts the routing of these tokens in force.
+    """
+
+    tokens: Tensor
+    routing: AbstractContextManager[None]
+
+
 class LeanLayers:
     """A decoder's forward for flat batches; as transformers' own, with other rounding.
 
@@ -67,21 +80,40 @@ class LeanLayers:
         return there and len(counts) == 1 and not _is_heard(self.decoder)
 
     def __call__(
-        self, *, input_ids: Tensor, position_ids: Tensor, flat_layout: FlatLayout | CachedLayout, **rest: Any
+        self,
+        *,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        flat_layout: FlatLayout | CachedLayout,
+        wanted: Wanted | None = None,
+        **rest: Any,
     ) -> tuple[Tensor]:
-        """The last hidden states ``(1, tokens, hidden)`` of a flat batch; arguments as ``flat_inputs`` gives them."""
+        """The last hidden states of a flat batch, ``(1, tokens, hidden)`` or ``(1, wanted, hidden)``.
+
+        Args:
+            input_ids: This one and the others as ``flat_inputs`` gives them.
+            position_ids: See there.
+            flat_layout: See there.
+            wanted: Some of the tokens; all where None.
+            rest: What the decoder takes besides.
+        """
         if not self.as_built:
             inputs = {"input_ids": input_ids, "position_ids": position_ids, "flat_layout": flat_layout}
-            return cast("tuple[Tensor]", self.decoder(**inputs, **rest))
+            hidden = self.decoder(**inputs, **rest)[0]
+            return (hidden if wanted is None else hidden.index_select(1, wanted.tokens),)
         x = self.decoder.embed_tokens(input_ids)
         cos, sin = (part[0][:, None] for part in self.decoder.rotary_emb(x, position_ids))
         half = sin.shape[-1] // 2
         signed = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
         x = x[0]
-        for layer in self.layers:
-            x = x + self._attention(layer, self._normed(layer.own["input_layernorm"], x), cos, signed, flat_layout)
-            x = x + _mlp(layer.mlp, self._normed(layer.own["post_attention_layernorm"], x))
-        return (self._normed(self.decoder.norm, x)[None],)
+        for layer in self.layers[:-1]:
+            x = self._behind_attention(layer, x, self._heads(layer, x, cos, signed, flat_layout))
+        last = self.layers[-1]
+        heads = self._heads(last, x, cos, signed, flat_layout)
+        if wanted is not None:
+            x, heads = x.index_select(0, wanted.tokens), heads.index_select(0, wanted.tokens)
+        with wanted.routing if wanted is not None else nullcontext():
+            return (self._normed(self.decoder.norm, self._behind_attention(last, x, heads))[None],)
 
     def _normed(self, norm: Any, x: Tensor) -> Tensor:
         """RMS norm (Zhang and Sennrich 2019, arXiv 1910.07467) in float32, as transformers has it."""
@@ -94,11 +126,12 @@ class LeanLayers:
             scaled = F.rms_norm(x.float(), x.shape[-1:], None, norm.variance_epsilon).to(x.dtype)
         return cast(Tensor, norm.weight * scaled)
 
-    def _attention(
+    def _heads(
         self, layer: _Layer, x: Tensor, cos: Tensor, signed: Tensor, layout: FlatLayout | CachedLayout
     ) -> Tensor:
-        """Attention of tokens ``x (tokens, hidden)`` at the positions of ``cos (tokens, 1, dim)``."""
+        """What the heads of tokens ``x (tokens, hidden)`` at the positions of ``cos (tokens, 1, dim)`` attend to."""
         module, modules = layer.attention, layer.attention._modules
+        x = self._normed(layer.own["input_layernorm"], x)
         projections = _together([modules["q_proj"], modules["k_proj"], modules["v_proj"]], x)
         q, k, v = (part.view(len(x), -1, module.head_dim) for part in projections)
         if "q_norm" in modules:
@@ -109,7 +142,12 @@ class LeanLayers:
         out, _ = flat_attention(
             module, q, k, v, None, module.scaling, dropout, sliding_window=layer.window, flat_layout=layout
         )
-        return cast(Tensor, modules["o_proj"](out.reshape(len(x), -1)))
+        return out.reshape(len(x), -1)
+
+    def _behind_attention(self, layer: _Layer, x: Tensor, heads: Tensor) -> Tensor:
+        """The rest of a layer, token by token."""
+        x = x + layer.attention._modules["o_proj"](heads)
+        return x + _mlp(layer.mlp, self._normed(layer.own["post_attention_layernorm"], x))
 
 
 def _layer(layer: Any, window_of: Callable[[Any], int | None]) -> _Layer:
