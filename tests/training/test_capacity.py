@@ -39,6 +39,8 @@ def loss_model() -> LossModel:
         (100, 100, 16, 100, (16, 11)),
         (100, 130, 1, 5000, (1, 1)),
         (100, 130, 4, 5000, (4, 1)),
+        (20, None, 16, 100, (16, 11)),  # there is room for more than the eleven that share a pass
+        (50, 65, 40, 100, (40, 11)),
     ],
 )
 def test_what_the_second_needs_more_is_what_each_further_one_needs(

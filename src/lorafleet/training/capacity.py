@@ -43,7 +43,8 @@ def adapters_that_fit(
     """Measure how many adapters can train side by side within a part of the free memory.
 
     One pass forward and backward is run with one adapter's micro-batch, one with two; what the second needs more is
-    what each further adapter will need. On a CPU a pass that is large enough takes no more adapters.
+    what each further adapter will need. On a CPU a pass that is large enough takes no more adapters; where memory has
+    room for that many first ones, the second pass is left out.
 
     Args:
         loss_model: The base and its bank. Gradients that are in the bank are cleared.
@@ -60,20 +61,29 @@ def adapters_that_fit(
     """
     gc.collect()  # or a pass would use what earlier work left
     budget = share * free_memory_bytes(loss_model.device)
-    one, two = (memory_of(partial(_pass, loss_model, rows, slots[:n]), loss_model.device) for n in (1, 2))
-    if one is None or two is None:
+    one = memory_of(partial(_pass, loss_model, rows, slots[:1]), loss_model.device)
+    if one is None:
         logger.info(
             "this system does not tell the memory of a pass, so adapters train one after the other; "
             "population_size sets how many train together"
         )
         return 1, 1
-    kept, further = TENSORS_PER_SLOT * slot_bytes, max(0, two - one)
-    enough = adapters_of_a_pass(tokens, loss_model.device) or sys.maxsize
-    in_one_pass = max(1, min(enough, 1 + int((budget - one - kept) // (further + kept))))
-    adapters = min(wanted, int((budget - one) // kept))
+    free, enough = budget - one, adapters_of_a_pass(tokens, loss_model.device) or sys.maxsize
+    # No further adapter needs more than the first, whose pass holds what all of them share, too.
+    found = _divided(free, one, TENSORS_PER_SLOT * slot_bytes, wanted, enough)
+    if found[1] == enough:
+        return found
+    two = memory_of(partial(_pass, loss_model, rows, slots[:2]), loss_model.device)
+    return _divided(free, max(0, (two or one) - one), TENSORS_PER_SLOT * slot_bytes, wanted, enough)
+
+
+def _divided(free: float, further: int, kept: int, wanted: int, enough: int) -> tuple[int, int]:
+    """How many adapters, and how many of them share a pass, if in it each but the first needs ``further`` bytes."""
+    in_one_pass = max(1, min(enough, 1 + int((free - kept) // (further + kept))))
+    adapters = min(wanted, int(free // kept))
     if adapters <= in_one_pass:
         return in_one_pass, in_one_pass
-    room = 1 + int((budget - one - adapters * kept) // further) if further else adapters
+    room = 1 + int((free - adapters * kept) // further) if further else adapters
     return adapters, min(enough, room)
 
 
