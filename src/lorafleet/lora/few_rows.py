@@ -73,6 +73,7 @@ class FewRows:
         known = self._gemms.get((rows, beta))
         if known is None:
             count, (out, inner) = len(self._widths), self._shape
-            sizes = Sizes(self._widths, [rows] * count, [inner] * count, [out] * count, [1.0] * count)
-            known = self._gemms[rows, beta] = Gemms(b"N", sizes, self._places, beta, self._blocks.dtype)
+            inside = [inner] * count
+            sizes = Sizes(self._widths, [rows] * count, inside, self._widths, inside, [out] * count, [1.0] * count)
+            known = self._gemms[rows, beta] = Gemms(b"NN", sizes, self._places, beta, self._blocks.dtype)
         return known

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import groupby
 from pathlib import Path
+from threading import Lock
 from typing import NamedTuple, Self, cast
 
 import numpy as np
@@ -31,62 +32,121 @@ class Operand(NamedTuple):
     """Matrices of one shape of memory in one tensor.
 
     Args:
-        view: Shows the strides of each in its last two dimensions; one of them is 1.
-        starts: Where each matrix begins in it, in elements.
+        tensor: Its last two strides are those of each matrix; one of them is 1.
+        starts: Tells where each matrix begins in a tensor of such strides, in elements.
+        flipped: Whether the matrices are read transposed.
     """
 
-    view: Tensor
-    starts: Numbers
+    tensor: Tensor
+    starts: Callable[[Sequence[int]], Numbers]
+    flipped: bool = False
 
     def transposed(self) -> Self:
         """The same matrices, transposed."""
-        return self._replace(view=self.view.mT)
+        return self._replace(flipped=not self.flipped)
 
 
-def grouped_gemm(
-    a: Operand,
-    b: Operand,
-    c: Operand,
-    sizes: Sequence[int | Numbers],
-    counts: Numbers,
-    alpha: float = 1,
-    beta: float = 0,
-) -> None:
-    """``C_i = alpha·A_i·B_i + beta·C_i`` for many matrices, in place.
+class Sizes(NamedTuple):
+    """Of each C rows and columns, of M columns; from column to column of M, V and C; factors: in Fortran's order."""
+
+    m: Sequence[int]
+    n: Sequence[int]
+    k: Sequence[int]
+    of_m: Sequence[int]
+    of_v: Sequence[int]
+    of_c: Sequence[int]
+    alpha: Sequence[float]
+
+
+class Gemms:
+    """Products ``C = alpha·M·V + beta·C`` in Fortran's order, each of its own size.
 
     Args:
-        a: The left matrices.
-        b: The right ones.
-        c: The results; columns lie side by side.
-        sizes: Rows of A, columns of B and columns of A, each by group of products of the same sizes or one for all.
-        counts: How many products are in each group.
-        alpha: Factor of the products.
-        beta: 1 adds to C, 0 sets it.
+        letters: Whether M and V are transposed.
+        sizes: Of each product; those of the same sizes in a row are one group of oneMKL's.
+        places: Addresses of each product's M, V and C, read at each call.
+        beta: 1 adds to C.
+        dtype: Of all of them.
     """
-    groups, real = len(counts), _REALS[a.view.dtype]
-    # Fortran's matrices are the transposed ones of C: Cᵀ = Bᵀ·Aᵀ.
-    (b_letter, b_leading), (a_letter, a_leading) = _layout(b.view), _layout(a.view)
-    m, n, k = (_by_group(size, groups) for size in sizes)
-    arrays = [
-        *(n, m, k, np.full(groups, alpha, real)),
-        *(_addresses(b), _by_group(b_leading, groups)),
-        *(_addresses(a), _by_group(a_leading, groups)),
-        np.full(groups, beta, real),
-        *(_addresses(c), _by_group(c.view.stride(-2), groups)),
-        np.array([groups]),
-        counts,
-    ]
-    function = _gemm_function(a.view.dtype)
-    assert function is not None
-    function(b_letter * groups, a_letter * groups, *(array.ctypes.data for array in arrays))
+
+    def __init__(
+        self, letters: bytes, sizes: Sizes, places: tuple[Numbers, Numbers, Numbers], beta: float, dtype: torch.dtype
+    ) -> None:
+        groups = [(key, len(list(same))) for key, same in groupby(zip(*sizes, strict=True))]
+        count = len(groups)
+        number, real = ctypes.c_int64 * count, _REALS[dtype] * count
+        m, n, k, of_m, of_v, of_c = (number(*(int(key[i]) for key, _ in groups)) for i in range(6))
+        function = _gemm_function(dtype)
+        assert function is not None
+        self._function, self._places = function, places  # held, as the arguments are addresses only
+        at_m, at_v, at_c = (addresses.ctypes.data for addresses in places)
+        self._arguments = (
+            *(letters[:1] * count, letters[1:] * count, m, n, k, real(*(key[6] for key, _ in groups))),
+            *(at_m, of_m, at_v, of_v, real(*[beta] * count), at_c, of_c),
+            *(ctypes.byref(ctypes.c_int64(count)), number(*(same for _, same in groups))),
+        )
+
+    def __call__(self) -> None:
+        """Run them."""
+        self._function(*self._arguments)
 
 
-def _by_group(size: int | Numbers, groups: int) -> Numbers:
-    return np.full(groups, size) if isinstance(size, int) else size
+class GroupedGemms:
+    """``C_i = alpha·A_i·B_i + beta·C_i`` for many matrices at the same places of one tensor after another.
 
+    What the layers of a model have in common is laid out once, in Python: that takes ten times as long as a call.
 
-def _addresses(operand: Operand) -> Numbers:
-    return operand.view.data_ptr() + operand.view.element_size() * operand.starts
+    Args:
+        counts: Of products side by side that have the same sizes.
+    """
+
+    def __init__(self, counts: Numbers) -> None:
+        self._counts = counts
+        self._known: dict[object, tuple[Gemms, list[tuple[Numbers, Numbers]], object]] = {}
+        self._lock = Lock()  # of the places
+
+    def __call__(
+        self, a: Operand, b: Operand, c: Operand, sizes: Sequence[int | Numbers], alpha: float = 1, beta: float = 0
+    ) -> None:
+        """Run them, in place.
+
+        Args:
+            a: The left matrices.
+            b: The right ones.
+            c: The results; columns lie side by side.
+            sizes: Rows of A, columns of B and columns of A, each by ``counts`` or one for all.
+            alpha: Factor of the products.
+            beta: 1 adds to C, 0 sets it.
+        """
+        # Fortran's matrices are the transposed ones of C: Cᵀ = Bᵀ·Aᵀ.
+        operands = (b, a, c)
+        laid = [(one.tensor.stride(), one.tensor.shape, one.starts, one.flipped) for one in operands]
+        key = (*laid, *(size if isinstance(size, int) else id(size) for size in sizes), alpha, beta)
+        with self._lock:
+            if key not in self._known:
+                self._known[key] = self._prepared(operands, sizes, alpha, beta)
+            gemms, places, _ = self._known[key]
+            for one, (starts, addresses) in zip(operands, places, strict=True):
+                np.add(starts, one.tensor.data_ptr(), out=addresses)
+            gemms()
+
+    def _prepared(
+        self, operands: tuple[Operand, ...], sizes: Sequence[int | Numbers], alpha: float, beta: float
+    ) -> tuple[Gemms, list[tuple[Numbers, Numbers]], object]:
+        dtype, count = operands[0].tensor.dtype, int(self._counts.sum())
+        places = []
+        for one in operands:
+            starts = one.starts(one.tensor.stride()) * one.tensor.element_size()
+            places.append((starts, np.zeros_like(starts)))
+        (letter_m, of_m), (letter_v, of_v), (_, of_c) = map(_layout, operands)
+        rows, columns, inner = (
+            [size] * count if isinstance(size, int) else np.repeat(size, self._counts).tolist() for size in sizes
+        )
+        leading = ([of_m] * count, [of_v] * count, [of_c] * count)
+        of_each = Sizes(columns, rows, inner, *leading, [alpha] * count)
+        at_m, at_v, at_c = (addresses for _, addresses in places)
+        gemms = Gemms(letter_m + letter_v, of_each, (at_m, at_v, at_c), beta, dtype)
+        return gemms, places, sizes  # the sizes' identities must not be given to others
 
 
 def readable(matrices: Tensor) -> Tensor:
@@ -96,58 +156,17 @@ def readable(matrices: Tensor) -> Tensor:
     return matrices if fits else matrices.contiguous()
 
 
-class Sizes(NamedTuple):
-    """Rows and columns of each C, columns of M, from column to column of C, and factors: in Fortran's order."""
-
-    m: list[int]
-    n: list[int]
-    k: list[int]
-    leading: list[int]
-    alpha: list[float]
-
-
-class Gemms:
-    """Products ``C = alpha·M·V + beta·C`` in Fortran's order, each of its own size.
-
-    Args:
-        letter: Whether M is transposed.
-        sizes: Of each product; those of the same sizes in a row are one group of oneMKL's.
-        places: Addresses of each product's M, V and C, read at each call.
-        beta: 1 adds to C.
-        dtype: Of all of them.
-    """
-
-    def __init__(
-        self, letter: bytes, sizes: Sizes, places: tuple[Numbers, Numbers, Numbers], beta: float, dtype: torch.dtype
-    ) -> None:
-        groups = [(key, len(list(same))) for key, same in groupby(zip(*sizes, strict=True))]
-        count = len(groups)
-        number, real = ctypes.c_int64 * count, _REALS[dtype] * count
-        m, n, k, leading = (number(*(int(key[i]) for key, _ in groups)) for i in range(4))
-        function = _gemm_function(dtype)
-        assert function is not None
-        self._function, self._places = function, places  # held, as the arguments are addresses only
-        of_m, of_v, of_c = (addresses.ctypes.data for addresses in places)
-        self._arguments = (
-            *(letter * count, b"N" * count, m, n, k, real(*(key[4] for key, _ in groups))),
-            *(of_m, k if letter == b"T" else m, of_v, k, real(*[beta] * count), of_c, leading),
-            *(ctypes.byref(ctypes.c_int64(count)), number(*(same for _, same in groups))),
-        )
-
-    def __call__(self) -> None:
-        """Run them."""
-        self._function(*self._arguments)
-
-
 def has_grouped_gemm(like: Tensor) -> bool:
-    """Whether :func:`grouped_gemm` takes tensors of this type and place."""
+    """Whether :class:`GroupedGemms` takes tensors of this type and place."""
     return like.device.type == "cpu" and _works(like.dtype)
 
 
-def _layout(matrix: Tensor) -> tuple[bytes, int]:
+def _layout(operand: Operand) -> tuple[bytes, int]:
     """How Fortran reads a matrix of C's, and how far apart its lines are."""
-    down, across = matrix.stride()[-2:]
-    return (b"N", down) if across == 1 and down >= matrix.shape[-1] else (b"T", across)
+    (down, across), columns = operand.tensor.stride()[-2:], operand.tensor.shape[-1]
+    if operand.flipped:
+        down, across, columns = across, down, operand.tensor.shape[-2]
+    return (b"N", down) if across == 1 and down >= columns else (b"T", across)
 
 
 @cache
@@ -168,6 +187,9 @@ def _works(dtype: torch.dtype) -> bool:
         return False
     a, b, c = (torch.arange(24, dtype=dtype).view(shape) for shape in ((8, 3), (2, 3, 4), (6, 4)))
     wanted = torch.cat([2 * a[:2] @ b[0], 2 * a[3:7] @ b[1]]) + c
-    left, right, sums = (Operand(tensor, np.array([0, second])) for tensor, second in ((a, 9), (b, 12), (c, 8)))
-    grouped_gemm(left, right, sums, (np.array([2, 4]), 4, 3), np.array([1, 1]), alpha=2, beta=1)
+    left, right, sums = (
+        Operand(tensor, lambda strides, second=second: np.array([0, second]))  # type: ignore[misc]
+        for tensor, second in ((a, 9), (b, 12), (c, 8))
+    )
+    GroupedGemms(np.array([1, 1]))(left, right, sums, (np.array([2, 4]), 4, 3), alpha=2, beta=1)
     return torch.equal(c, wanted)

@@ -68,11 +68,11 @@ class MixedRows:
         # Where rows of x and of the outputs lie now; written anew for each call.
         self._inputs, self._results = np.zeros_like(lows), np.zeros_like(lows)
         # Fortran reads rows as columns: lowᵀ = A·xᵀ, then yᵀ += s·B·lowᵀ.
-        count, leading = len(products), [strides[p.layer] for p in products]
-        down = Sizes(ranks, rows, [inner] * count, ranks, [1.0] * count)
-        up = Sizes(outs, rows, ranks, leading, [p.scaling for p in products])
-        self._down = Gemms(b"T", down, (of_A, self._inputs, lows), 0.0, dtype)
-        self._up = Gemms(b"N", up, (of_B, lows, self._results), 1.0, dtype)
+        inside, leading = [inner] * len(products), [strides[p.layer] for p in products]
+        down = Sizes(ranks, rows, inside, inside, inside, ranks, [1.0] * len(products))
+        up = Sizes(outs, rows, ranks, outs, ranks, leading, [p.scaling for p in products])
+        self._down = Gemms(b"TN", down, (of_A, self._inputs, lows), 0.0, dtype)
+        self._up = Gemms(b"NN", up, (of_B, lows, self._results), 1.0, dtype)
 
     def add(self, x: Tensor, outputs: Sequence[Tensor]) -> None:
         """Add to ``outputs (rows, out)``, one for each layer, what the slots add for ``x (rows, in)``."""

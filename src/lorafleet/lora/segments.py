@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lorafleet.lora.grouped_gemm import Numbers, Operand, grouped_gemm, has_grouped_gemm, readable
+from lorafleet.lora.grouped_gemm import GroupedGemms, Numbers, Operand, has_grouped_gemm, readable
 from lorafleet.lora.packed import PackedWeight
 
 
@@ -76,23 +76,27 @@ class _Longest(NamedTuple):
         numbers: Of the segments.
         starts: First row of each.
         lengths: Rows of each.
+        multiply: ``C_k = A_k·B_k + beta·C_k`` for each.
     """
 
     numbers: Numbers
     starts: Numbers
     lengths: Numbers
+    multiply: GroupedGemms
 
     def rows(self, x: Tensor) -> Operand:
         """Each segment's rows of ``x (tokens, n)``."""
-        return Operand(x, x.stride(0) * self.starts)
+        return Operand(x, self._row_starts)
 
     def own(self, matrices: Tensor) -> Operand:
         """Each segment's matrix of ``(segments, n, m)``."""
-        return Operand(matrices, matrices.stride(0) * self.numbers)
+        return Operand(matrices, self._own_starts)
 
-    def multiply(self, a: Operand, b: Operand, c: Operand, sizes: Sequence[int | Numbers], beta: float = 0) -> None:
-        """``C_k = A_k·B_k + beta·C_k`` for each segment; see :func:`grouped_gemm`."""
-        grouped_gemm(a, b, c, sizes, np.ones_like(self.numbers), beta=beta)
+    def _row_starts(self, strides: Sequence[int]) -> Numbers:
+        return strides[0] * self.starts
+
+    def _own_starts(self, strides: Sequence[int]) -> Numbers:
+        return strides[0] * self.numbers
 
 
 class RowGroups(NamedTuple):
@@ -191,5 +195,5 @@ def row_groups(segments: Sequence[tuple[int, int]], x: Tensor, sizes: Sequence[i
     if len(segments) > 1 and has_grouped_gemm(x):
         starts, rows = np.array([start for start, _ in segments]), np.array(lengths[1::2])
         numbers = np.argsort(-rows, kind="stable")
-        longest = _Longest(numbers, starts[numbers], rows[numbers])
+        longest = _Longest(numbers, starts[numbers], rows[numbers], GroupedGemms(np.ones_like(numbers)))
     return RowGroups(lengths, even=False, ends=ends, longest=longest)

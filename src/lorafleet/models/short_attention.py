@@ -6,6 +6,7 @@ product, sequences of every length are one grouped product, and the probabilitie
 tokens, which is why long sequences do not come here.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorafleet.lora.grouped_gemm import Numbers, Operand, grouped_gemm, readable
+from lorafleet.lora.grouped_gemm import GroupedGemms, Numbers, Operand, readable
 
 LONGEST = 128
 """Longest sequence, in tokens, for which keeping the probabilities is cheap."""
@@ -31,8 +32,9 @@ class _Stack(NamedTuple):
         mask: Additive causal mask ``(kv_heads, groups · tokens, longest)``, -inf past a sequence's end too.
         starts: First token of each sequence.
         lengths: Tokens of a sequence, by run of equal lengths.
-        counts: Products of each run: its sequences times the key heads.
+        stacked_lengths: Rows of queries of a sequence, by run.
         groups: Query heads of a key head.
+        multiply: ``C_i = alpha·A_i·B_i + beta·C_i`` for each sequence and key head.
     """
 
     order: Tensor
@@ -40,8 +42,9 @@ class _Stack(NamedTuple):
     mask: Tensor
     starts: Numbers
     lengths: Numbers
-    counts: Numbers
+    stacked_lengths: Numbers
     groups: int
+    multiply: GroupedGemms
 
     def rows(self, tensor: Tensor) -> Tensor:
         """``(1, heads, tokens, dim)`` as ``(kv_heads, groups · tokens, dim)``."""
@@ -56,19 +59,22 @@ class _Stack(NamedTuple):
 
     def stacked(self, rows: Tensor) -> Operand:
         """Each sequence's part of ``(kv_heads, groups · tokens, columns)``."""
-        return self._parts(rows, self.groups)
+        return Operand(rows, self._stacked_starts)
 
     def plain(self, keys: Tensor) -> Operand:
         """Each sequence's part of ``(1, kv_heads, tokens, dim)``."""
-        return self._parts(keys[0], 1)
+        return Operand(keys[0], self._plain_starts)
 
-    def _parts(self, tensor: Tensor, times: int) -> Operand:
-        head, row = tensor.stride()[:2]
-        return Operand(tensor, np.add.outer(times * row * self.starts, head * np.arange(len(tensor))).ravel())
+    def _plain_starts(self, strides: Sequence[int]) -> Numbers:
+        head, row = strides[:2]
+        return np.add.outer(row * self.starts, head * np.arange(len(self.mask))).ravel()
+
+    def _stacked_starts(self, strides: Sequence[int]) -> Numbers:
+        return self._plain_starts((strides[0], self.groups * strides[1]))
 
     def sizes(self, dim: int) -> tuple[Numbers, Numbers, int]:
         """Rows of queries, rows of keys, and numbers of a head, by run."""
-        return self.groups * self.lengths, self.lengths, dim
+        return self.stacked_lengths, self.lengths, dim
 
 
 @lru_cache(maxsize=2)
@@ -86,7 +92,8 @@ def _stack(runs: tuple[Run, ...], heads: int, kv_heads: int, dtype: torch.dtype)
         causal = torch.full((length, length), -torch.inf, dtype=dtype).triu(1)
         mask[:, groups * start : groups * (start + length), :length] = causal.repeat(groups, 1)
     counts, by_run = np.array([count * kv_heads for _, count, _ in runs]), np.array([length for *_, length in runs])
-    return _Stack(order, order.argsort(), mask, np.array(starts), by_run, counts, groups)
+    multiply = GroupedGemms(counts)
+    return _Stack(order, order.argsort(), mask, np.array(starts), by_run, groups * by_run, groups, multiply)
 
 
 class _ShortAttention(torch.autograd.Function):
@@ -95,10 +102,10 @@ class _ShortAttention(torch.autograd.Function):
         queries, keys, dims = stack.sizes(query.shape[-1])
         q, scores = stack.rows(query), stack.mask.clone()
         score, k, v = stack.stacked(scores), stack.plain(key), stack.plain(value)
-        grouped_gemm(stack.stacked(q), k.transposed(), score, (queries, keys, dims), stack.counts, scale, 1)
+        stack.multiply(stack.stacked(q), k.transposed(), score, (queries, keys, dims), scale, 1)
         probabilities = scores.softmax(dim=-1)
         out = torch.empty_like(q)
-        grouped_gemm(stack.stacked(probabilities), v, stack.stacked(out), (queries, dims, keys), stack.counts)
+        stack.multiply(stack.stacked(probabilities), v, stack.stacked(out), (queries, dims, keys))
         ctx.save_for_backward(q, key, value, probabilities)
         ctx.scale, ctx.stack = scale, stack
         return stack.heads(out)
@@ -107,21 +114,21 @@ class _ShortAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, probabilities = ctx.saved_tensors
-        scale, stack, counts = ctx.scale, ctx.stack, ctx.stack.counts
+        scale, stack = ctx.scale, ctx.stack
         queries, keys, dims = stack.sizes(query.shape[-1])
         grad = stack.rows(grad)
         # Past a sequence's end the probabilities are zero, and zero times whatever is there must be zero.
         grad_p = torch.zeros_like(probabilities)
         q, p, g = stack.stacked(query), stack.stacked(probabilities), stack.stacked(grad)
         k, v = stack.plain(key), stack.plain(value)
-        grouped_gemm(g, v.transposed(), stack.stacked(grad_p), (queries, keys, dims), counts)
+        stack.multiply(g, v.transposed(), stack.stacked(grad_p), (queries, keys, dims))
         # softmax: dS = P ∘ (dP - rowsum(dP ∘ P))
         s = stack.stacked(torch._softmax_backward_data(grad_p, probabilities, -1, query.dtype))
         grad_q = torch.empty_like(query)
         grad_k, grad_v = (t.new_empty((1, t.shape[2], *t.shape[1::2])).transpose(1, 2) for t in (key, value))
-        grouped_gemm(s, k, stack.stacked(grad_q), (queries, dims, keys), counts, scale)
-        grouped_gemm(s.transposed(), q, stack.plain(grad_k), (keys, dims, queries), counts, scale)
-        grouped_gemm(p.transposed(), g, stack.plain(grad_v), (keys, dims, queries), counts)
+        stack.multiply(s, k, stack.stacked(grad_q), (queries, dims, keys), scale)
+        stack.multiply(s.transposed(), q, stack.plain(grad_k), (keys, dims, queries), scale)
+        stack.multiply(p.transposed(), g, stack.plain(grad_v), (keys, dims, queries))
         return stack.heads(grad_q), grad_k, grad_v, None, None
 
 
