@@ -1,10 +1,14 @@
 """Attention over short sequences of one flat row, against PyTorch's own for each sequence by itself."""
 
+import gc
+from weakref import ref
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+import lorafleet.models.short_attention as module
 from lorafleet.config.lora import LoraConfig
 from lorafleet.data.batches import Part, collate
 from lorafleet.evaluation.token_loss import LossModel
@@ -50,6 +54,20 @@ def test_equals_each_sequence_by_itself(lengths: tuple[int, ...], heads: int) ->
         results.append([out, *torch.autograd.grad(out.sin().sum(), made)])
     for got, wanted in zip(*results, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_what_a_layout_holds_goes_with_it() -> None:
+    """By reference counts: a mask in a cycle would stay, and a step needs one as large again."""
+    lengths = (3, 9, 5)
+    made, runs = tensors(lengths, 6), FlatLayout(lengths).runs
+    gc.disable()
+    try:
+        short_attention(*made, 0.3, runs).sum().backward()
+        mask = ref(module._stack(runs, 6, 2, torch.float64).mask)
+        module._stack.cache_clear()
+        assert mask() is None
+    finally:
+        gc.enable()
 
 
 def test_a_sequence_that_is_not_finite_leaves_its_neighbours_alone() -> None:

@@ -143,7 +143,9 @@ class LossModel:
         """The weighted sum to differentiate, and each target's loss ``(targets,)``; on the meta device, shapes."""
         targets = batch.targets.to(self.device)
         weights = batch.weights.to(self.device, torch.promote_types(self.model.dtype, torch.float32))
-        shared = self._shared_prompts(batch)
+        drops = [slot for slot in batch.slots if self.bank is not None and self.bank.drops(slot)]
+        # Under dropout each row has masks of its own, so that it shares nothing, and they go by all tokens of a slot.
+        shared = batch.shared_prompts(drops) if self.flat else None
         inputs, positions = self._inputs(batch, shared)
         routing = batch.routing(shared, padded=not self.flat)
         with self._route(routing):
@@ -151,7 +153,7 @@ class LossModel:
                 logits = self._model_logits(inputs, positions.to(self.device)).to(weights.dtype)
                 losses = F.cross_entropy(logits, targets, reduction="none")
                 total = (losses * weights).sum()
-            elif isinstance(self.decoder, LeanLayers) and not self._drops(batch):
+            elif isinstance(self.decoder, LeanLayers) and not drops:
                 kept, back = positions.unique(return_inverse=True)
                 wanted = Wanted(kept.to(self.device), self._route(routing.of(kept)))
                 hidden = self.decoder(**inputs, wanted=wanted)[0][0].index_select(0, back.to(self.device))
@@ -160,16 +162,6 @@ class LossModel:
         if self.decoder is not None:
             total, losses = self._head_loss(hidden, targets, weights, batch)
         return total, losses
-
-    def _shared_prompts(self, batch: FlatBatch) -> SharedPrompts | None:
-        """What the rows of each part begin with, computed once; under dropout each row has masks of its own instead."""
-        if not self.flat:
-            return None
-        return batch.shared_prompts(self._drops(batch))
-
-    def _drops(self, batch: FlatBatch) -> list[int]:
-        """The slots with dropout masks, which go by all tokens of a slot."""
-        return [] if self.bank is None else [slot for slot in batch.slots if self.bank.drops(slot)]
 
     def _inputs(self, batch: FlatBatch, shared: SharedPrompts | None) -> tuple[dict[str, Any], Tensor]:
         """Arguments of the model's forward, and (on the CPU) where in its flattened output targets are predicted."""

@@ -7,7 +7,7 @@ it there is no grouped product on a CPU.
 """
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from itertools import groupby
 from pathlib import Path
@@ -33,12 +33,12 @@ class Operand(NamedTuple):
 
     Args:
         tensor: Its last two strides are those of each matrix; one of them is 1.
-        starts: Tells where each matrix begins in a tensor of such strides, in elements.
+        kind: What tells where they begin; one of the names in ``GroupedGemms``.
         flipped: Whether the matrices are read transposed.
     """
 
     tensor: Tensor
-    starts: Callable[[Sequence[int]], Numbers]
+    kind: str
     flipped: bool = False
 
     def transposed(self) -> Self:
@@ -98,11 +98,12 @@ class GroupedGemms:
 
     Args:
         counts: Of products side by side that have the same sizes.
+        starts: By kind of operand, where each matrix begins in a tensor of these strides, in elements.
     """
 
-    def __init__(self, counts: Numbers) -> None:
-        self._counts = counts
-        self._known: dict[object, tuple[Gemms, list[tuple[Numbers, Numbers]], object]] = {}
+    def __init__(self, counts: Numbers, starts: Mapping[str, Callable[[Sequence[int]], Numbers]]) -> None:
+        self._counts, self._starts = counts, starts
+        self._known: dict[object, tuple[Gemms, list[tuple[Numbers, Numbers]]]] = {}
         self._lock = Lock()  # of the places
 
     def __call__(
@@ -120,23 +121,23 @@ class GroupedGemms:
         """
         # Fortran's matrices are the transposed ones of C: Cᵀ = Bᵀ·Aᵀ.
         operands = (b, a, c)
-        laid = [(one.tensor.stride(), one.tensor.shape, one.starts, one.flipped) for one in operands]
-        key = (*laid, *(size if isinstance(size, int) else id(size) for size in sizes), alpha, beta)
+        laid = [(one.tensor.stride(), one.tensor.shape, one.kind, one.flipped) for one in operands]
+        key = (*laid, *(size if isinstance(size, int) else size.tobytes() for size in sizes), alpha, beta)
         with self._lock:
             if key not in self._known:
                 self._known[key] = self._prepared(operands, sizes, alpha, beta)
-            gemms, places, _ = self._known[key]
+            gemms, places = self._known[key]
             for one, (starts, addresses) in zip(operands, places, strict=True):
                 np.add(starts, one.tensor.data_ptr(), out=addresses)
             gemms()
 
     def _prepared(
         self, operands: tuple[Operand, ...], sizes: Sequence[int | Numbers], alpha: float, beta: float
-    ) -> tuple[Gemms, list[tuple[Numbers, Numbers]], object]:
+    ) -> tuple[Gemms, list[tuple[Numbers, Numbers]]]:
         dtype, count = operands[0].tensor.dtype, int(self._counts.sum())
         places = []
         for one in operands:
-            starts = one.starts(one.tensor.stride()) * one.tensor.element_size()
+            starts = self._starts[one.kind](one.tensor.stride()) * one.tensor.element_size()
             places.append((starts, np.zeros_like(starts)))
         (letter_m, of_m), (letter_v, of_v), (_, of_c) = map(_layout, operands)
         rows, columns, inner = (
@@ -146,7 +147,7 @@ class GroupedGemms:
         of_each = Sizes(columns, rows, inner, *leading, [alpha] * count)
         at_m, at_v, at_c = (addresses for _, addresses in places)
         gemms = Gemms(letter_m + letter_v, of_each, (at_m, at_v, at_c), beta, dtype)
-        return gemms, places, sizes  # the sizes' identities must not be given to others
+        return gemms, places
 
 
 def readable(matrices: Tensor) -> Tensor:
@@ -187,9 +188,9 @@ def _works(dtype: torch.dtype) -> bool:
         return False
     a, b, c = (torch.arange(24, dtype=dtype).view(shape) for shape in ((8, 3), (2, 3, 4), (6, 4)))
     wanted = torch.cat([2 * a[:2] @ b[0], 2 * a[3:7] @ b[1]]) + c
-    left, right, sums = (
-        Operand(tensor, lambda strides, second=second: np.array([0, second]))  # type: ignore[misc]
-        for tensor, second in ((a, 9), (b, 12), (c, 8))
-    )
-    GroupedGemms(np.array([1, 1]))(left, right, sums, (np.array([2, 4]), 4, 3), alpha=2, beta=1)
+    rows = {
+        kind: lambda strides, row=row: strides[0] * np.array([0, row])
+        for kind, row in zip("abc", (3, 1, 2), strict=True)
+    }
+    GroupedGemms(np.array([1, 1]), rows)(*map(Operand, (a, b, c), "abc"), (np.array([2, 4]), 4, 3), alpha=2, beta=1)
     return torch.equal(c, wanted)

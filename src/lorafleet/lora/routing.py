@@ -73,7 +73,7 @@ class Routing:
         return tuple(segments)
 
     def of(self, tokens: Tensor) -> "Routing":
-        """The routing of some of its tokens, in their order, without dropout keys: masks go by whole segments."""
+        """The routing of some tokens, one at least and ascending; without dropout, whose masks go by segments."""
         ends = torch.tensor([0, *accumulate(self.lengths)])
         counts = torch.searchsorted(tokens, ends).diff().tolist()
         kept = [(slot, count) for slot, count in zip(self.slots, counts, strict=True) if count]

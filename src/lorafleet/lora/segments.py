@@ -73,30 +73,29 @@ class _Longest(NamedTuple):
     """Segments, the longest first: so no thread is left with a long product when the others are done.
 
     Args:
-        numbers: Of the segments.
-        starts: First row of each.
         lengths: Rows of each.
         multiply: ``C_k = A_k·B_k + beta·C_k`` for each.
     """
 
-    numbers: Numbers
-    starts: Numbers
     lengths: Numbers
     multiply: GroupedGemms
 
-    def rows(self, x: Tensor) -> Operand:
+    @staticmethod
+    def rows(x: Tensor) -> Operand:
         """Each segment's rows of ``x (tokens, n)``."""
-        return Operand(x, self._row_starts)
+        return Operand(x, "rows")
 
-    def own(self, matrices: Tensor) -> Operand:
+    @staticmethod
+    def own(matrices: Tensor) -> Operand:
         """Each segment's matrix of ``(segments, n, m)``."""
-        return Operand(matrices, self._own_starts)
+        return Operand(matrices, "own")
 
-    def _row_starts(self, strides: Sequence[int]) -> Numbers:
-        return strides[0] * self.starts
 
-    def _own_starts(self, strides: Sequence[int]) -> Numbers:
-        return strides[0] * self.numbers
+def _longest(starts: Numbers, lengths: Numbers) -> _Longest:
+    numbers = np.argsort(-lengths, kind="stable")
+    firsts = starts[numbers]
+    kinds = {"rows": lambda strides: strides[0] * firsts, "own": lambda strides: strides[0] * numbers}
+    return _Longest(lengths[numbers], GroupedGemms(np.ones_like(numbers), kinds))
 
 
 class RowGroups(NamedTuple):
@@ -193,7 +192,5 @@ def row_groups(segments: Sequence[tuple[int, int]], x: Tensor, sizes: Sequence[i
     ends = torch.tensor([stop for _, stop in segments], dtype=torch.int32, device=x.device) if grouped else None
     longest = None
     if len(segments) > 1 and has_grouped_gemm(x):
-        starts, rows = np.array([start for start, _ in segments]), np.array(lengths[1::2])
-        numbers = np.argsort(-rows, kind="stable")
-        longest = _Longest(numbers, starts[numbers], rows[numbers], GroupedGemms(np.ones_like(numbers)))
+        longest = _longest(np.array([start for start, _ in segments]), np.array(lengths[1::2]))
     return RowGroups(lengths, even=False, ends=ends, longest=longest)

@@ -44,7 +44,7 @@ class _Layer:
 
 
 class Wanted(NamedTuple):
-    """Tokens whose last hidden states are asked for; behind its attention the last layer computes them alone.
+    """Tokens whose last hidden states are asked for in one call; behind its attention the last layer computes no other.
 
     Args:
         tokens: ``(wanted,)``, their places in the batch.
@@ -107,9 +107,9 @@ class LeanLayers:
         signed = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
         x = x[0]
         for layer in self.layers[:-1]:
-            x = self._behind_attention(layer, x, self._heads(layer, x, cos, signed, flat_layout))
+            x = self._behind_attention(layer, x, self._attended(layer, x, cos, signed, flat_layout))
         last = self.layers[-1]
-        heads = self._heads(last, x, cos, signed, flat_layout)
+        heads = self._attended(last, x, cos, signed, flat_layout)
         if wanted is not None:
             x, heads = x.index_select(0, wanted.tokens), heads.index_select(0, wanted.tokens)
         with wanted.routing if wanted is not None else nullcontext():
@@ -126,10 +126,10 @@ class LeanLayers:
             scaled = F.rms_norm(x.float(), x.shape[-1:], None, norm.variance_epsilon).to(x.dtype)
         return cast(Tensor, norm.weight * scaled)
 
-    def _heads(
+    def _attended(
         self, layer: _Layer, x: Tensor, cos: Tensor, signed: Tensor, layout: FlatLayout | CachedLayout
     ) -> Tensor:
-        """What the heads of tokens ``x (tokens, hidden)`` at the positions of ``cos (tokens, 1, dim)`` attend to."""
+        """What attention gives tokens ``x (tokens, hidden)`` at the positions of ``cos (tokens, 1, dim)``, by head."""
         module, modules = layer.attention, layer.attention._modules
         x = self._normed(layer.own["input_layernorm"], x)
         projections = _together([modules["q_proj"], modules["k_proj"], modules["v_proj"]], x)

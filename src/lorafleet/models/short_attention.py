@@ -6,7 +6,6 @@ product, sequences of every length are one grouped product, and the probabilitie
 tokens, which is why long sequences do not come here.
 """
 
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -30,7 +29,6 @@ class _Stack(NamedTuple):
         order: Which rows of ``(tokens · heads, dim)`` these are.
         back: Where each of those lies in the stack.
         mask: Additive causal mask ``(kv_heads, groups · tokens, longest)``, -inf past a sequence's end too.
-        starts: First token of each sequence.
         lengths: Tokens of a sequence, by run of equal lengths.
         stacked_lengths: Rows of queries of a sequence, by run.
         groups: Query heads of a key head.
@@ -40,7 +38,6 @@ class _Stack(NamedTuple):
     order: Tensor
     back: Tensor
     mask: Tensor
-    starts: Numbers
     lengths: Numbers
     stacked_lengths: Numbers
     groups: int
@@ -59,18 +56,11 @@ class _Stack(NamedTuple):
 
     def stacked(self, rows: Tensor) -> Operand:
         """Each sequence's part of ``(kv_heads, groups · tokens, columns)``."""
-        return Operand(rows, self._stacked_starts)
+        return Operand(rows, "stacked")
 
     def plain(self, keys: Tensor) -> Operand:
         """Each sequence's part of ``(1, kv_heads, tokens, dim)``."""
-        return Operand(keys[0], self._plain_starts)
-
-    def _plain_starts(self, strides: Sequence[int]) -> Numbers:
-        head, row = strides[:2]
-        return np.add.outer(row * self.starts, head * np.arange(len(self.mask))).ravel()
-
-    def _stacked_starts(self, strides: Sequence[int]) -> Numbers:
-        return self._plain_starts((strides[0], self.groups * strides[1]))
+        return Operand(keys[0], "plain")
 
     def sizes(self, dim: int) -> tuple[Numbers, Numbers, int]:
         """Rows of queries, rows of keys, and numbers of a head, by run."""
@@ -92,8 +82,12 @@ def _stack(runs: tuple[Run, ...], heads: int, kv_heads: int, dtype: torch.dtype)
         causal = torch.full((length, length), -torch.inf, dtype=dtype).triu(1)
         mask[:, groups * start : groups * (start + length), :length] = causal.repeat(groups, 1)
     counts, by_run = np.array([count * kv_heads for _, count, _ in runs]), np.array([length for *_, length in runs])
-    multiply = GroupedGemms(counts)
-    return _Stack(order, order.argsort(), mask, np.array(starts), by_run, groups * by_run, groups, multiply)
+    first, kv = np.array(starts), np.arange(kv_heads)
+    kinds = {
+        "plain": lambda strides: np.add.outer(strides[1] * first, strides[0] * kv).ravel(),
+        "stacked": lambda strides: np.add.outer(groups * strides[1] * first, strides[0] * kv).ravel(),
+    }
+    return _Stack(order, order.argsort(), mask, by_run, groups * by_run, groups, GroupedGemms(counts, kinds))
 
 
 class _ShortAttention(torch.autograd.Function):

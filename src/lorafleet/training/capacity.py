@@ -74,7 +74,8 @@ def adapters_that_fit(
     if found[1] == enough:
         return found
     two = memory_of(partial(_pass, loss_model, rows, slots[:2]), loss_model.device)
-    return _divided(free, max(0, (two or one) - one), TENSORS_PER_SLOT * slot_bytes, wanted, enough)
+    further = one if two is None else max(0, two - one)
+    return _divided(free, further, TENSORS_PER_SLOT * slot_bytes, wanted, enough)
 
 
 def _divided(free: float, further: int, kept: int, wanted: int, enough: int) -> tuple[int, int]:
