@@ -188,9 +188,11 @@ def _works(dtype: torch.dtype) -> bool:
         return False
     a, b, c = (torch.arange(24, dtype=dtype).view(shape) for shape in ((8, 3), (2, 3, 4), (6, 4)))
     wanted = torch.cat([2 * a[:2] @ b[0], 2 * a[3:7] @ b[1]]) + c
-    rows = {
-        kind: lambda strides, row=row: strides[0] * np.array([0, row])
-        for kind, row in zip("abc", (3, 1, 2), strict=True)
+    kinds: dict[str, Callable[[Sequence[int]], Numbers]] = {
+        "a": lambda strides: strides[0] * np.array([0, 3]),
+        "b": lambda strides: strides[0] * np.array([0, 1]),
+        "c": lambda strides: strides[0] * np.array([0, 2]),
     }
-    GroupedGemms(np.array([1, 1]), rows)(*map(Operand, (a, b, c), "abc"), (np.array([2, 4]), 4, 3), alpha=2, beta=1)
+    multiply = GroupedGemms(np.array([1, 1]), kinds)
+    multiply(Operand(a, "a"), Operand(b, "b"), Operand(c, "c"), (np.array([2, 4]), 4, 3), alpha=2, beta=1)
     return torch.equal(c, wanted)
