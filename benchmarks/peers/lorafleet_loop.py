@@ -154,7 +154,7 @@ def _batch_shapes(job: Job, member: Member) -> list[BatchShape]:
         BatchShape(
             tuple(len(row.input_ids) for row in batch),
             count_targets(batch),
-            collate([Part(member.slot, batch)]).part_prompts[0],
+            max(collate([Part(member.slot, batch)]).common),
         )
         for batch in batches
     ]

@@ -65,7 +65,7 @@ def test_what_all_rows_of_a_part_begin_with_is_computed_once() -> None:
     mask = np.array([False, True, False, True])
     rows = [Row(np.array([5, 6, 7, 8]), mask), Row(np.array([5, 6, 7]), mask[:3]), Row(np.array([5, 6, 9, 9]), mask)]
     batch = collate([Part(1, rows), Part(0, rows[:1])])
-    assert batch.part_prompts == (1, 0)
+    assert batch.common == (0, 1, 1, 0)
     shared = batch.shared_prompts()
     assert shared is not None
     assert batch.input_ids[shared.kept].tolist() == [5, 6, 7, 6, 9, 5, 6, 7]
@@ -75,12 +75,37 @@ def test_what_all_rows_of_a_part_begin_with_is_computed_once() -> None:
     assert batch.shared_prompts(apart=[1]) is None
 
 
+def test_parts_of_one_slot_begin_as_the_part_before_and_share_a_segment() -> None:
+    def row(*ids: int) -> Row:
+        return Row(np.array([*ids, 0]), np.array([False] * len(ids) + [True]))
+
+    parts = [[row(5, 6, 7, 8), row(5, 6, 7, 9)], [row(5, 6, 3, 1), row(5, 6, 3, 2)], [row(5, 6, 3, 2)]]
+    batch = collate([*(Part(0, rows) for rows in parts), Part(1, parts[2])])
+    assert batch.common == (0, 3, 2, 3, 4, 0)
+    shared = batch.shared_prompts()
+    assert shared is not None
+    assert batch.input_ids[shared.kept].tolist() == [5, 6, 7, 8, 9, 3, 1, 2, 5, 6, 3, 2]
+    torch.testing.assert_close(batch.input_ids[shared.kept][shared.place], batch.input_ids)
+    routing = batch.routing(shared, padded=False)
+    assert (routing.slots, routing.lengths) == ((0, 1), (8, 4))
+    assert batch.routing(None, padded=True).lengths == (5, 1)
+
+    apart = collate([Part(0, parts[2], dropout_key=key) for key in (1, 2)])
+    assert apart.common == (0, 0)
+    assert apart.routing(None, padded=False).lengths == (4, 4)
+
+    x = torch.randn(len(shared.kept), 3, dtype=torch.float64, requires_grad=True)
+    factors = torch.randn(batch.tokens, 3, dtype=torch.float64)
+    (shared.expand(x) * factors).sum().backward()
+    torch.testing.assert_close(x.grad, torch.zeros_like(x).index_add_(0, shared.place, factors))
+
+
 def test_a_common_beginning_that_saves_next_to_nothing_is_left_alone() -> None:
     rows = [
         Row(np.array([1, *range(10, 60)]), np.ones(51, bool)),
         Row(np.array([1, *range(60, 80)]), np.ones(21, bool)),
     ]
-    assert collate([Part(0, rows)]).part_prompts == (0,)
+    assert collate([Part(0, rows)]).common == (0, 0)
 
 
 def test_equal_rows_are_computed_once() -> None:

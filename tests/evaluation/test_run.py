@@ -74,7 +74,8 @@ def test_label_rows(tmp_path: Path) -> None:
     right = {}
     for name, slot in (("base", -1), ("adapter", 0)):
         prompts = [prompt_of(row) for row in rows]
-        scores = label_log_probs(adapted.base, adapted.bank, slot, prompts, data.label_ids, batch_size=8)
+        loss_model = LossModel(adapted.base.model, adapted.bank, pad_id=0)
+        scores = label_log_probs(loss_model, slot, prompts, data.label_ids, batch_size=8)
         predicted = [data.labels[i] for i in scores.argmax(1)]
         wanted = [row.reference for row in rows]
         right[name] = [a == b for a, b in zip(predicted, wanted, strict=True)]

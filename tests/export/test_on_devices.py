@@ -8,6 +8,7 @@ import torch
 from lorafleet import merge
 from lorafleet.config import AdapterConfig, GenerationConfig, ModelConfig
 from lorafleet.evaluation.labels import choose_labels, label_log_probs
+from lorafleet.evaluation.token_loss import LossModel
 from lorafleet.generation import generate_ids
 from lorafleet.generation.adapted import load_adapted
 from tests.generation.tiny_bank import saved_adapter
@@ -31,8 +32,9 @@ def test_use_of_an_adapter(device: str, dtype: str, tmp_path: Path) -> None:
     config = GenerationConfig(max_new_tokens=6, temperature=0.8, repetition_penalty=1.1)
     answers = generate_ids(base, bank, PROMPTS, [0, -1, 0], config)
     assert all(len(answer) <= 6 for answer in answers)
-    choices = choose_labels(base, bank, 0, PROMPTS, LABELS, batch_size=2)
-    scores = label_log_probs(base, bank, 0, PROMPTS, LABELS, batch_size=4)
+    loss_model = LossModel(base.model, bank, pad_id=0)
+    choices = choose_labels(base, loss_model, 0, PROMPTS, LABELS, batch_size=2)
+    scores = label_log_probs(loss_model, 0, PROMPTS, LABELS, batch_size=4)
     tolerance = 1e-3 if dtype == "float32" else 0.3
     for choice, row in zip(choices, scores, strict=True):
         assert choice.log_prob == pytest.approx(row.max(), abs=tolerance)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from typing import Any, Protocol
 
 import numpy as np
@@ -99,7 +100,9 @@ class FlatBatch:
         part_rows: Sequences of each part.
         order: Of each sequence, which of its part's rows it is.
         part_targets: Targets of each part.
-        part_prompts: Tokens at the beginning that all rows of a part have in common; 0 where sharing them saves little.
+        common: Of each sequence, tokens at its beginning that are not computed again: those that all rows of its part
+            have in common; for the first row of a part, those in common with the sequence before it, if that has the
+            same slot and dropout key. 0 where this saves little.
         positions: ``(targets,)``, the flat position whose logits predict each target.
         targets: ``(targets,)``, token ids.
         weights: ``(targets,)``, factor of each target's loss.
@@ -112,7 +115,7 @@ class FlatBatch:
     part_rows: tuple[int, ...]
     order: tuple[int, ...]
     part_targets: tuple[int, ...]
-    part_prompts: tuple[int, ...]
+    common: tuple[int, ...]
     positions: Tensor
     targets: Tensor
     weights: Tensor
@@ -129,18 +132,26 @@ class FlatBatch:
         return torch.cat([torch.arange(length) for length in self.lengths])
 
     def shared_prompts(self, apart: Collection[int] = ()) -> SharedPrompts | None:
-        """The batch with the common beginning of each part's rows once, but for the parts of the slots in ``apart``."""
-        lengths = [0 if slot in apart else n for slot, n in zip(self.slots, self.part_prompts, strict=True)]
-        return share_prompts(self.lengths, self.part_rows, lengths)
+        """The batch with common beginnings of rows computed once, but for the parts of the slots in ``apart``."""
+        slots = np.repeat(self.slots, self.part_rows).tolist()
+        return share_prompts(
+            self.lengths, [0 if slot in apart else n for slot, n in zip(slots, self.common, strict=True)]
+        )
 
     def routing(self, shared: SharedPrompts | None, *, padded: bool) -> Routing:
         """The routing of the batch, by rows when padded, by tokens when flat: by those that are computed."""
-        if padded:
-            return Routing(self.slots, self.part_rows, "rows", self.dropout_keys)
-        ends = np.cumsum([0, *self.lengths])[np.cumsum([0, *self.part_rows])]
-        if shared is not None:
-            ends = np.searchsorted(shared.kept.numpy(), ends)
-        return Routing(self.slots, tuple(np.diff(ends).tolist()), "tokens", self.dropout_keys)
+        ends = np.cumsum([0, *self.part_rows])
+        if not padded:
+            ends = np.cumsum([0, *self.lengths])[ends]
+            if shared is not None:
+                ends = np.searchsorted(shared.kept.numpy(), ends)
+        slots, keys, lengths = zip(*self.by_slot(np.diff(ends).tolist()), strict=True)
+        return Routing(slots, lengths, "rows" if padded else "tokens", keys)
+
+    def by_slot(self, counts: Sequence[int]) -> list[tuple[int, int, int]]:
+        """Slot, dropout key and sum of the parts' ``counts``; neighbours of one slot and key are one segment."""
+        parts = zip(self.slots, self.dropout_keys, counts, strict=True)
+        return [(*run, sum(count for *_, count in group)) for run, group in groupby(parts, key=lambda one: one[:2])]
 
     def padded(self, pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
         """Ids and mask ``(rows, longest)``, and the targets' positions in the flattened padded batch."""
@@ -177,7 +188,7 @@ def collate(parts: Sequence[Part]) -> FlatBatch:
         part_rows=tuple(len(part.rows) for part in parts),
         order=tuple(i for order in orders for i in order),
         part_targets=tuple(part_targets),
-        part_prompts=tuple(_common_beginning([ids for ids, *_ in rows]) for rows in laid),
+        common=_common_beginnings(parts, [[ids for ids, *_ in rows] for rows in laid]),
         positions=torch.from_numpy(np.concatenate(positions)),
         targets=torch.from_numpy(np.concatenate(targets)),
         weights=torch.from_numpy(np.repeat([part.weight for part in parts], part_targets).astype(np.float64)),
@@ -191,14 +202,24 @@ def _needed(row: TrainRow) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArra
     return ids[: where[-1] + 1 if len(where) else 1], where, ids[where + 1]
 
 
+def _common_beginnings(parts: Sequence[Part], laid: Sequence[Sequence[NDArray[np.int64]]]) -> tuple[int, ...]:
+    """The rows' ``common`` of a batch; 0 in parts where computing beginnings once would save next to nothing."""
+    found = list[int]()
+    for part, rows, before, ids in zip(parts, laid, [None, *parts[:-1]], [[], *laid[:-1]], strict=True):
+        joined = before is not None and (before.slot, before.dropout_key) == (part.slot, part.dropout_key)
+        common = [_common_beginning([ids[-1], rows[0]]) if joined else 0]
+        common += [_common_beginning(rows)] * (len(rows) - 1)
+        saves = sum(common) >= LEAST_SHARED * sum(map(len, rows))
+        found += common if saves else [0] * len(rows)
+    return tuple(found)
+
+
 def _common_beginning(rows: Sequence[NDArray[np.int64]]) -> int:
-    """Tokens with which all rows begin, or 0 where computing them once would save next to nothing."""
+    """Tokens with which all rows begin."""
     shortest = min(map(len, rows))
     ids = np.stack([row[:shortest] for row in rows])
     differ = np.flatnonzero((ids != ids[0]).any(axis=0))
-    common = int(differ[0]) if len(differ) else shortest
-    saved, tokens = common * (len(rows) - 1), sum(map(len, rows))
-    return common if saved >= LEAST_SHARED * tokens else 0
+    return int(differ[0]) if len(differ) else shortest
 
 
 def count_targets(rows: Sequence[TrainRow]) -> int:

@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DynamicCache
 
+from lorafleet.data.batches import TrainRow
 from lorafleet.errors import DataError, ModelError
 from lorafleet.evaluation.label_search import LabelSearch, LabelTrie, build_trie
+from lorafleet.evaluation.token_loss import LossModel, family_losses, row_losses
 from lorafleet.generation.padded import route_rows
 from lorafleet.lora import Slots
 from lorafleet.lora.slots import answering
@@ -25,6 +27,12 @@ logger = logging.getLogger(__name__)
 WIDTH = 16
 """Nodes of one row that are opened in one forward pass."""
 
+FEW = 1024
+"""Labels times tokens of the longest prompt, up to which all labels of a row are computed with its own loss.
+
+Attention sees the prompt again for each of them.
+"""
+
 
 @dataclass(frozen=True)
 class LabelChoice:
@@ -34,9 +42,57 @@ class LabelChoice:
     log_prob: float
 
 
+@dataclass(frozen=True)
+class _Answered:
+    """A prompt with a label behind it, whose tokens are the targets."""
+
+    input_ids: NDArray[np.int32]
+    loss_mask: NDArray[np.bool_]
+
+
+def losses_and_labels(
+    base: Base,
+    loss_model: LossModel,
+    slot: int,
+    rows: Sequence[TrainRow],
+    prompts: Sequence[Sequence[int]],
+    labels: Sequence[Sequence[int]],
+    *,
+    batch_size: int,
+) -> tuple[list[tuple[float, int]], list[LabelChoice]]:
+    """Each row's own loss as ``row_losses`` gives it, and its prompt's likeliest label.
+
+    A few labels of short prompts ride along in the flat batch of the rows' own losses, which computes a prompt once for
+    all of them. Others are searched for.
+
+    Args:
+        base: The model.
+        loss_model: The same model with its slots.
+        slot: Which slot answers; -1 for the base.
+        rows: Whose loss is wanted.
+        prompts: Of each row, token ids up to where the answer begins.
+        labels: As ``choose_labels`` takes them.
+        batch_size: Rows in a batch, each with its labels.
+
+    Raises:
+        DataError: A label or prompt is empty, or two labels have the same tokens.
+        ModelError: The logits are not numbers.
+    """
+    if not loss_model.flat or len(labels) * max(map(len, prompts), default=0) > FEW:
+        choices = choose_labels(base, loss_model, slot, prompts, labels, batch_size=batch_size)
+        return row_losses(loss_model, rows, slot, batch_size), choices
+    build_trie(labels)
+    _check_prompts(prompts)
+    families = [[row, *_answered(prompt, labels)] for row, prompt in zip(rows, prompts, strict=True)]
+    found = family_losses(loss_model, families, slot, batch_size)
+    scores = -np.array([[loss for loss, _ in family[1:]] for family in found])
+    _check_numbers(scores)
+    return [family[0] for family in found], _best(scores)
+
+
 def choose_labels(
     base: Base,
-    bank: Slots | None,
+    loss_model: LossModel,
     slot: int,
     prompts: Sequence[Sequence[int]],
     labels: Sequence[Sequence[int]],
@@ -51,7 +107,7 @@ def choose_labels(
 
     Args:
         base: The model.
-        bank: Its slots, or none.
+        loss_model: The same model with its slots.
         slot: Which slot answers; -1 for the base.
         prompts: Token ids up to where the answer begins.
         labels: Token ids of each label with the token that ends the answer.
@@ -70,22 +126,21 @@ def choose_labels(
     choices: dict[int, LabelChoice] = {}
     pace = Pace("rows labelled", len(prompts))
     with torch.no_grad():
-        scorer = _checked_scorer(base, bank, slot, prompts, trie, labels, prompts[order[0]])
+        scorer = _checked_scorer(base, loss_model, slot, prompts, trie, labels, prompts[order[0]])
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             batch = [prompts[i] for i in chosen]
             if scorer is not None:
                 found = scorer(batch)
             else:
-                found = _best(label_log_probs(base, bank, slot, batch, labels, batch_size=batch_size))
+                found = _best(label_log_probs(loss_model, slot, batch, labels, batch_size=batch_size))
             choices.update(zip(chosen, found, strict=True))
             pace.add(len(chosen))
     return [choices[i] for i in range(len(prompts))]
 
 
 def label_log_probs(
-    base: Base,
-    bank: Slots | None,
+    loss_model: LossModel,
     slot: int,
     prompts: Sequence[Sequence[int]],
     labels: Sequence[Sequence[int]],
@@ -94,24 +149,16 @@ def label_log_probs(
 ) -> NDArray[np.float64]:
     """Log-probability of every label after every prompt ``(prompts, labels)``, one whole sequence for each pair."""
     _check_prompts(prompts)
-    pairs = [(p, q) for p in range(len(prompts)) for q in range(len(labels))]
-    scores = np.empty((len(prompts), len(labels)))
-    for start in range(0, len(pairs), batch_size):
-        chosen = pairs[start : start + batch_size]
-        rows = [[*prompts[p], *labels[q]] for p, q in chosen]
-        width = max(map(len, rows))
-        ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=base.device)
-        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=base.device)
-        with torch.no_grad(), route_rows(bank, [slot] * len(rows)):
-            model = answering(base.model, bank)
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, -width:]
-        for (p, q), row_logits, row in zip(chosen, logits, rows, strict=True):
-            first = len(prompts[p])
-            log_probs = _wide(row_logits[first - 1 : len(row) - 1]).log_softmax(-1)
-            wanted = torch.tensor(row[first:], device=base.device)
-            scores[p, q] = log_probs.gather(1, wanted[:, None]).double().sum().item()
+    pairs = [pair for prompt in prompts for pair in _answered(prompt, labels)]
+    losses = [loss for loss, _ in row_losses(loss_model, pairs, slot, batch_size)]
+    scores = -np.array(losses).reshape(len(prompts), len(labels))
     _check_numbers(scores)
     return scores
+
+
+def _answered(prompt: Sequence[int], labels: Sequence[Sequence[int]]) -> list[_Answered]:
+    rows = [np.array([*prompt, *label], dtype=np.int32) for label in labels]
+    return [_Answered(row, np.arange(len(row)) >= len(prompt)) for row in rows]
 
 
 class TreeScorer:
@@ -229,7 +276,7 @@ class TreeScorer:
 
 def _checked_scorer(
     base: Base,
-    bank: Slots | None,
+    loss_model: LossModel,
     slot: int,
     prompts: Sequence[Sequence[int]],
     trie: LabelTrie,
@@ -237,15 +284,15 @@ def _checked_scorer(
     prompt: Sequence[int],
 ) -> TreeScorer | None:
     """A scorer, if it agrees with a whole sequence on ``prompt``; none if the model cannot be scored along a tree."""
-    if answering(base.model, bank) is not base.model:
+    if answering(base.model, loss_model.bank) is not base.model:
         return None  # virtual tokens stand before each row
     try:
-        scorer = TreeScorer(base, bank, slot, prompts, trie)
+        scorer = TreeScorer(base, loss_model.bank, slot, prompts, trie)
         found = scorer([prompt])[0]
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
         logger.info("%s is scored label by label (%s: %s)", type(base.model).__name__, type(error).__name__, error)
         return None
-    wanted = label_log_probs(base, bank, slot, [prompt], [labels[found.label]], batch_size=1)[0, 0]
+    wanted = label_log_probs(loss_model, slot, [prompt], [labels[found.label]], batch_size=1)[0, 0]
     tolerance = 1e-3 if base.dtype in (torch.float32, torch.float64) else 5e-2
     if abs(found.log_prob - wanted) <= tolerance * max(1.0, abs(wanted)):
         return scorer

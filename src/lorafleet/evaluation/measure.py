@@ -9,7 +9,7 @@ from lorafleet.config.use import GenerationConfig
 from lorafleet.data.load import Data
 from lorafleet.data.store import TokenRow
 from lorafleet.errors import DataError
-from lorafleet.evaluation.labels import choose_labels
+from lorafleet.evaluation.labels import losses_and_labels
 from lorafleet.evaluation.metrics import is_right, label_scores
 from lorafleet.evaluation.text_metrics import text_scores
 from lorafleet.evaluation.token_loss import LossModel, mean_loss, row_losses
@@ -54,15 +54,15 @@ def measure(
     if not rows:
         raise DataError("there are no rows to measure on")
     found: list[dict[str, Any]] = [{} for _ in rows]
-    bank = loss_model.bank
-    losses = row_losses(loss_model, rows, slot, batch_size)
+    if data.task == "label":
+        losses, metrics = _label_metrics(base, loss_model, slot, data, rows, batch_size, found)
+    else:
+        losses, metrics = row_losses(loss_model, rows, slot, batch_size), {}
     for entry, (loss, count) in zip(found, losses, strict=True):
         entry |= {"loss_sum": loss, "loss_tokens": count}
-    metrics = loss_metrics(mean_loss(losses))
-    if data.task == "label":
-        metrics |= _label_metrics(base, bank, slot, data, rows, batch_size, found)
+    metrics = loss_metrics(mean_loss(losses)) | metrics
     if generation is not None:
-        metrics |= _answer_metrics(base, bank, slot, data, rows, batch_size, generation, found)
+        metrics |= _answer_metrics(base, loss_model.bank, slot, data, rows, batch_size, generation, found)
     if predictions is not None:
         predictions += found
     return metrics
@@ -91,22 +91,23 @@ def references_of(row: TokenRow) -> list[str]:
 
 def _label_metrics(
     base: Base,
-    bank: Slots | None,
+    loss_model: LossModel,
     slot: int,
     data: Data,
     rows: Sequence[TokenRow],
     batch_size: int,
     found: list[dict[str, Any]],
-) -> dict[str, float]:
+) -> tuple[list[tuple[float, int]], dict[str, float]]:
+    """The rows' losses, and how well their labels are found."""
     unknown = [row.source for row in rows if row.reference not in data.labels]
     if unknown:
         raise DataError(f"{len(unknown)} rows have a label that is none of the task's, the first is {unknown[0]}")
     prompts = [prompt_of(row) for row in rows]
-    choices = choose_labels(base, bank, slot, prompts, data.label_ids, batch_size=batch_size)
+    losses, choices = losses_and_labels(base, loss_model, slot, rows, prompts, data.label_ids, batch_size=batch_size)
     predicted = [data.labels[choice.label] for choice in choices]
     for entry, row, label, choice in zip(found, rows, predicted, choices, strict=True):
         entry |= {"label": label, "label_log_prob": choice.log_prob, "label_right": label == row.reference}
-    return label_scores([row.reference for row in rows], predicted)
+    return losses, label_scores([row.reference for row in rows], predicted)
 
 
 def _answer_metrics(

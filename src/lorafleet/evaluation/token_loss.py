@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -190,9 +191,9 @@ class LossModel:
         if isinstance(head, nn.Linear) and not head._forward_hooks:
             both = _HeadLoss.apply(hidden, head.weight, head.bias, targets, weights, self._packed_head)  # type: ignore[no-untyped-call]
             return cast("tuple[Tensor, Tensor]", both)
-        # The head has adapters: plain autograd, one part and chunk at a time, recomputed in the backward pass.
+        # The head has adapters: plain autograd, one slot and chunk at a time, recomputed in the backward pass.
         losses, start = [], 0
-        for slot, count, key in zip(batch.slots, batch.part_targets, batch.dropout_keys, strict=True):
+        for slot, key, count in batch.by_slot(batch.part_targets):
             for begin in range(start, start + count, CHUNK):
                 part = slice(begin, min(begin + CHUNK, start + count))
                 routing = Routing((slot,), (part.stop - begin,), dropout_keys=(mix_key(key, begin - start),))
@@ -218,20 +219,35 @@ def row_losses(loss_model: LossModel, rows: Sequence[TrainRow], slot: int, batch
         slot: Slot to measure with; -1 is the bare base.
         batch_size: Rows in a batch.
     """
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].input_ids))
-    found: dict[int, tuple[float, int]] = {}
+    return [own for (own,) in family_losses(loss_model, [[row] for row in rows], slot, batch_size)]
+
+
+def family_losses(
+    loss_model: LossModel, families: Sequence[Sequence[TrainRow]], slot: int, batch_size: int
+) -> list[list[tuple[float, int]]]:
+    """As ``row_losses``, for families of rows that begin alike: flat batches compute their beginning once.
+
+    Args:
+        loss_model: The base and its bank.
+        families: Rows to measure, those together that have a beginning in common.
+        slot: Slot to measure with; -1 is the bare base.
+        batch_size: Families in a batch.
+    """
+    order = sorted(range(len(families)), key=lambda i: len(families[i][0].input_ids))
+    found = [[(0.0, 0)] * len(family) for family in families]
     pace = Pace("rows measured", len(order))
     with torch.no_grad():
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            batch = collate([Part(slot, [rows[i] for i in chosen])])
-            laid = [chosen[number] for number in batch.order]
-            counts = [count_targets([rows[i]]) for i in laid]
+            batch = collate([Part(slot, families[i]) for i in chosen])
+            places = list(zip(np.repeat(chosen, batch.part_rows).tolist(), batch.order, strict=True))
+            counts = [count_targets([families[family][row]]) for family, row in places]
             losses = loss_model.losses(batch)[1] if sum(counts) else batch.weights
             sums = torch.stack([part.sum() for part in losses.split(counts)]).tolist()  # one wait for an accelerator
-            found.update(zip(laid, zip(sums, counts, strict=True), strict=True))
+            for (family, row), total, count in zip(places, sums, counts, strict=True):
+                found[family][row] = (total, count)
             pace.add(len(chosen))
-    return [found[i] for i in range(len(rows))]
+    return found
 
 
 def mean_loss(measured: Sequence[tuple[float, int]]) -> float:

@@ -226,7 +226,7 @@ def use_flat_attention(model: PreTrainedModel) -> bool:
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.tensor([[*range(4), 0, 1, *range(4, 9)]], device=device) % vocabulary
     positions = torch.tensor([[*range(4), *range(7)]], device=device)
-    shared = share_prompts((4, 7), (2,), (2,))
+    shared = share_prompts((4, 7), (0, 2))
     assert shared is not None
     shared = shared.to(device)
     with torch.no_grad():

@@ -21,17 +21,16 @@ class SharedPrompts:
     Args:
         kept: ``(computed,)``, of each token that is computed its place in the whole batch.
         place: ``(tokens,)``, of each token of the whole batch the computed one that stands for it.
-        prompts: For each shared beginning its first computed token, its length, and where in the whole batch its
-            repetitions start.
+        repeats: Of each repetition its first computed token, its length, and where in the whole batch it starts.
     """
 
     kept: Tensor
     place: Tensor
-    prompts: tuple[tuple[int, int, tuple[int, ...]], ...]
+    repeats: tuple[tuple[int, int, int], ...]
 
     def to(self, device: torch.device) -> "SharedPrompts":
         """The same on another device."""
-        return SharedPrompts(self.kept.to(device), self.place.to(device), self.prompts)
+        return SharedPrompts(self.kept.to(device), self.place.to(device), self.repeats)
 
     def expand(self, x: Tensor) -> Tensor:
         """``(computed, ...)`` to ``(tokens, ...)``: every row gets its beginning back."""
@@ -44,35 +43,42 @@ class SharedPrompts:
         return out
 
 
-def share_prompts(lengths: Sequence[int], part_rows: Sequence[int], shared: Sequence[int]) -> SharedPrompts | None:
-    """Lay out a batch of which the rows of each part begin with the same tokens.
+def share_prompts(lengths: Sequence[int], common: Sequence[int]) -> SharedPrompts | None:
+    """Lay out a batch of rows that begin as the row before them.
 
     Args:
         lengths: Tokens of each row.
-        part_rows: Rows of each part.
-        shared: Tokens at the beginning that all rows of a part have in common; 0 for none.
+        common: Of each row, how many tokens it begins with that the row before it begins with too.
 
     Returns:
         None where nothing is shared.
     """
-    if not any(shared):
+    if not any(common):
         return None
-    kept, place, prompts = [], [], []
-    row = start = computed = 0
-    for rows, common in zip(part_rows, shared, strict=True):
-        first, repetitions = computed, []
-        for number, length in enumerate(lengths[row : row + rows]):
-            skipped = common if number else 0
-            if skipped:
-                repetitions.append(start)
-                place.append(torch.arange(first, first + common))
-            kept.append(torch.arange(start + skipped, start + length))
-            place.append(torch.arange(computed, computed + length - skipped))
-            start, computed = start + length, computed + length - skipped
-        if repetitions:
-            prompts.append((first, common, tuple(repetitions)))
-        row += rows
-    return SharedPrompts(torch.cat(kept), torch.cat(place), tuple(prompts))
+    kept, place, repeats = list[Tensor](), list[Tensor](), list[tuple[int, int, int]]()
+    pieces: list[tuple[int, int]] = []  # the row as runs of computed tokens: first token, length
+    start = computed = 0
+    for length, same in zip(lengths, common, strict=True):
+        pieces, at = _beginning(pieces, same), start
+        for first, count in pieces:
+            repeats.append((first, count, at))
+            at += count
+        if own := start + length - at:
+            pieces.append((computed, own))
+            kept.append(torch.arange(at, at + own))
+        place += [torch.arange(first, first + count) for first, count in pieces]
+        start, computed = start + length, computed + own
+    return SharedPrompts(torch.cat(kept), torch.cat(place), tuple(repeats))
+
+
+def _beginning(pieces: Sequence[tuple[int, int]], tokens: int) -> list[tuple[int, int]]:
+    """The first ``tokens`` tokens of a row's pieces."""
+    found = []
+    for first, count in pieces:
+        if tokens > 0:
+            found.append((first, min(count, tokens)))
+        tokens -= count
+    return found
 
 
 class _Expand(torch.autograd.Function):
@@ -86,9 +92,8 @@ class _Expand(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         # Whole slices: autograd's own index_add would go token by token.
         out = grad.index_select(0, ctx.shared.kept)
-        for first, length, repetitions in ctx.shared.prompts:
-            for start in repetitions:
-                out[first : first + length] += grad[start : start + length]
+        for first, length, start in ctx.shared.repeats:
+            out[first : first + length] += grad[start : start + length]
         return out, None
 
 
