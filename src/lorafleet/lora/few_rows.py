@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorafleet.lora.grouped_gemm import Gemms, Sizes
+from lorafleet.lora.grouped_gemm import Gemms, Products, Sizes
 
 FEW = 16
 """Rows up to which blocks can be the faster layout."""
@@ -26,6 +26,9 @@ class FewRows:
         blocks: Its transposed columns in blocks of ``width``, one after another; the last may be narrower.
         shape: ``(out, in)``.
         width: Of a block.
+
+    Attributes:
+        starts: Where each block's columns of the result begin, in bytes.
     """
 
     def __init__(self, blocks: Tensor, shape: tuple[int, int], width: int) -> None:
@@ -33,12 +36,15 @@ class FewRows:
         out, inner = shape
         whole, rest = divmod(out, width)
         self._widths = [width] * whole + [rest] * bool(rest)
-        self._starts = np.arange(len(self._widths)) * width * blocks.element_size()
-        weights = blocks.data_ptr() + self._starts * inner
-        # Where x and the result lie, written anew for each call.
-        self._places = weights, np.zeros_like(weights), np.zeros_like(weights)
+        self.starts = np.arange(len(self._widths)) * width * blocks.element_size()
+        self._weights = blocks.data_ptr() + self.starts * inner
         self._gemms: dict[tuple[int, float], Gemms] = {}
-        self._lock = Lock()  # of the places
+        self._lock = Lock()  # of the prepared products' places
+
+    @property
+    def out(self) -> int:
+        """Columns of a result."""
+        return self._shape[0]
 
     @classmethod
     def of(cls, weight: Tensor, width: int) -> Self:
@@ -59,21 +65,26 @@ class FewRows:
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """``x·Wᵀ + b`` for ``x (rows, in)`` that it takes."""
-        x, rows = x.contiguous(), len(x)
+        x, rows = x.contiguous(), x.shape[0]
         y = x.new_empty(rows, self._shape[0]) if bias is None else bias.repeat(rows, 1)
-        _, inputs, results = self._places
         with self._lock:
+            gemms = self._prepared(rows, 0.0 if bias is None else 1.0)
+            _, inputs, results = gemms.places[0]
             inputs.fill(x.data_ptr())
-            np.add(self._starts, y.data_ptr(), out=results)
-            self._prepared(rows, 0.0 if bias is None else 1.0)()
+            np.add(self.starts, y.data_ptr(), out=results)
+            gemms()
         return y
 
+    def products(self, rows: int, beta: float = 0.0) -> Products:
+        """The products for so many rows; places of x and the result have to be written: ``starts`` from its own."""
+        count, (out, inner) = len(self._widths), self._shape
+        inside = [inner] * count
+        # Fortran reads rows as columns: yᵀ = W·xᵀ, block by block.
+        sizes = Sizes(self._widths, [rows] * count, inside, self._widths, inside, [out] * count, [1.0] * count)
+        return Products(b"NN", sizes, (self._weights, self.starts, self.starts), beta)
+
     def _prepared(self, rows: int, beta: float) -> Gemms:
-        """Fortran reads rows as columns: yᵀ = W·xᵀ, block by block."""
         known = self._gemms.get((rows, beta))
         if known is None:
-            count, (out, inner) = len(self._widths), self._shape
-            inside = [inner] * count
-            sizes = Sizes(self._widths, [rows] * count, inside, self._widths, inside, [out] * count, [1.0] * count)
-            known = self._gemms[rows, beta] = Gemms(b"NN", sizes, self._places, beta, self._blocks.dtype)
+            known = self._gemms[rows, beta] = Gemms([self.products(rows, beta)], self._blocks.dtype)
         return known

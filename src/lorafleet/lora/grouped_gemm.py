@@ -58,32 +58,53 @@ class Sizes(NamedTuple):
     alpha: Sequence[float]
 
 
-class Gemms:
+class Products(NamedTuple):
     """Products ``C = alpha·M·V + beta·C`` in Fortran's order, each of its own size.
 
     Args:
         letters: Whether M and V are transposed.
         sizes: Of each product; those of the same sizes in a row are one group of oneMKL's.
-        places: Addresses of each product's M, V and C, read at each call.
+        places: Addresses of each product's M, V and C.
         beta: 1 adds to C.
-        dtype: Of all of them.
     """
 
-    def __init__(
-        self, letters: bytes, sizes: Sizes, places: tuple[Numbers, Numbers, Numbers], beta: float, dtype: torch.dtype
-    ) -> None:
-        groups = [(key, len(list(same))) for key, same in groupby(zip(*sizes, strict=True))]
+    letters: bytes
+    sizes: Sizes
+    places: tuple[Numbers, Numbers, Numbers]
+    beta: float
+
+
+class Gemms:
+    """Products in one call.
+
+    Args:
+        parts: The products.
+        dtype: Of all of them.
+
+    Attributes:
+        places: Of each part the addresses of M, V and C, read at each call.
+    """
+
+    def __init__(self, parts: Sequence[Products], dtype: torch.dtype) -> None:
+        groups = [
+            (*key, chr(part.letters[0]), chr(part.letters[1]), part.beta, len(list(same)))
+            for part in parts
+            for key, same in groupby(zip(*part.sizes, strict=True))
+        ]
         count = len(groups)
         number, real = ctypes.c_int64 * count, _REALS[dtype] * count
-        m, n, k, of_m, of_v, of_c = (number(*(int(key[i]) for key, _ in groups)) for i in range(6))
+        m, n, k, of_m, of_v, of_c, alphas, of_M, of_V, betas, same = zip(*groups, strict=True)
         function = _gemm_function(dtype)
         assert function is not None
-        self._function, self._places = function, places  # held, as the arguments are addresses only
-        at_m, at_v, at_c = (addresses.ctypes.data for addresses in places)
+        whole = [np.concatenate([part.places[i] for part in parts]) for i in range(3)]
+        ends = np.cumsum([len(part.places[0]) for part in parts])[:-1]
+        self.places = list(zip(*(np.split(addresses, ends) for addresses in whole), strict=True))
+        self._function, self._whole = function, whole  # held, as the arguments are addresses only
+        at_m, at_v, at_c = (addresses.ctypes.data for addresses in whole)
         self._arguments = (
-            *(letters[:1] * count, letters[1:] * count, m, n, k, real(*(key[6] for key, _ in groups))),
-            *(at_m, of_m, at_v, of_v, real(*[beta] * count), at_c, of_c),
-            *(ctypes.byref(ctypes.c_int64(count)), number(*(same for _, same in groups))),
+            *("".join(of_M).encode(), "".join(of_V).encode(), number(*m), number(*n), number(*k), real(*alphas)),
+            *(at_m, number(*of_m), at_v, number(*of_v), real(*betas), at_c, number(*of_c)),
+            *(ctypes.byref(ctypes.c_int64(count)), number(*same)),
         )
 
     def __call__(self) -> None:
@@ -134,20 +155,18 @@ class GroupedGemms:
     def _prepared(
         self, operands: tuple[Operand, ...], sizes: Sequence[int | Numbers], alpha: float, beta: float
     ) -> tuple[Gemms, list[tuple[Numbers, Numbers]]]:
-        dtype, count = operands[0].tensor.dtype, int(self._counts.sum())
-        places = []
-        for one in operands:
-            starts = self._starts[one.kind](one.tensor.stride()) * one.tensor.element_size()
-            places.append((starts, np.zeros_like(starts)))
+        count = int(self._counts.sum())
+        starts = [self._starts[one.kind](one.tensor.stride()) * one.tensor.element_size() for one in operands]
         (letter_m, of_m), (letter_v, of_v), (_, of_c) = map(_layout, operands)
         rows, columns, inner = (
             [size] * count if isinstance(size, int) else np.repeat(size, self._counts).tolist() for size in sizes
         )
         leading = ([of_m] * count, [of_v] * count, [of_c] * count)
         of_each = Sizes(columns, rows, inner, *leading, [alpha] * count)
-        at_m, at_v, at_c = (addresses for _, addresses in places)
-        gemms = Gemms(letter_m + letter_v, of_each, (at_m, at_v, at_c), beta, dtype)
-        return gemms, places
+        first, second, third = starts
+        products = Products(letter_m + letter_v, of_each, (first, second, third), beta)
+        gemms = Gemms([products], operands[0].tensor.dtype)
+        return gemms, list(zip(starts, gemms.places[0], strict=True))
 
 
 def readable(matrices: Tensor) -> Tensor:

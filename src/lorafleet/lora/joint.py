@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lorafleet.lora.dense_rows import DenseRows, takes_dense_rows
+from lorafleet.lora.few_rows import FEW
 from lorafleet.lora.functional import add_bias, base_products, lora_linears
 from lorafleet.lora.mixed_rows import MixedRows, takes_mixed_rows
 from lorafleet.lora.packed import PackedWeight, pack
@@ -78,6 +80,7 @@ class Plan:
         self.packed = all(layer.packed is not None for layer in layers)
         self.magnitudes = any(layer.learns_magnitude[s.slot] for layer in layers for s in self.segments)
         self.mixed: MixedRows | None = None
+        self._quick: tuple[int, Callable[[Tensor], Tensor]] | None = None
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         """None: it names places in memory, so a copy of the layers makes its own."""
@@ -91,7 +94,10 @@ class Plan:
             joint: The layers' weights as one.
             first: The first of the layers.
         """
-        one = len(self.segments) == 1 and self.segments[0].stop - self.segments[0].start == len(x)
+        rows = x.shape[0]  # len() of a tensor goes through Python
+        if rows <= FEW and (y := self._quickly(x, rows, joint)) is not None:
+            return (y,) if joint is None else y.split_with_sizes(joint.widths, dim=1)
+        one = len(self.segments) == 1 and self.segments[0].stop - self.segments[0].start == rows
         mixed = bool(self.segments) and takes_mixed_rows(x, self.parts)
         dense = self._dense(x, first) if self.segments and not mixed else None
         if self.segments and not (mixed or one or dense):
@@ -111,6 +117,23 @@ class Plan:
         for y, layer in zip(found, self.parts, strict=True):
             add_bias(y, layer)
         return found
+
+    def _quickly(self, x: Tensor, rows: int, joint: JointWeight | None) -> Tensor | None:
+        """The layers' answers side by side, by calls that are prepared once; none where that cannot be."""
+        if not x.is_contiguous():
+            return None
+        if self._quick is None or self._quick[0] != rows:
+            packed, bias = (self.parts[0].packed, self.parts[0].bias) if joint is None else (joint.packed, joint.bias)
+            few = packed.few(x) if packed is not None and (joint is not None or len(self.parts) == 1) else None
+            biased = bias is not None or any(part.lora_bias is not None for part in self.parts)
+            if few is None or biased or not self.kept or (self.segments and not takes_mixed_rows(x, self.parts)):
+                return None
+            if self.segments:
+                answers = MixedRows(self.parts, [few.out] * len(self.parts), (few, rows)).answers
+            else:
+                answers = partial(few.linear, bias=None)
+            self._quick = rows, answers
+        return self._quick[1](x)
 
     def _dense(self, x: Tensor, first: LoraLinear) -> DenseRows | None:
         """Copies of A and B for this plan; those of the one before are let go, as they may be large."""
@@ -156,7 +179,9 @@ def outputs(layers: Sequence[LoraLinear], x: Tensor, joint: JointWeight | None =
         joint = None
     if joint is None and not plan.segments and not plan.packed:
         return [layer.base_layer(x) for layer in layers]
-    flat = x.reshape(tokens, features) if lower is None else x.reshape(tokens, features).to(lower)
+    flat = x if x.ndim == 2 else x.reshape(tokens, features)
+    if lower is not None:
+        flat = flat.to(lower)
     learns = plan.drops or torch.is_grad_enabled()
     if learns:
         layers[0].dense = None  # the population's fused optimizer changes A and B unseen

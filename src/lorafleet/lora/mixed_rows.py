@@ -11,7 +11,8 @@ from itertools import accumulate
 import numpy as np
 from torch import Tensor
 
-from lorafleet.lora.grouped_gemm import Gemms, Sizes, has_grouped_gemm
+from lorafleet.lora.few_rows import FewRows
+from lorafleet.lora.grouped_gemm import Gemms, Products, Sizes, has_grouped_gemm
 from lorafleet.lora.segments import LinearTensors
 
 
@@ -42,9 +43,13 @@ class MixedRows:
     Args:
         layers: Each with the same segments' rows; made anew when a slot's rank, scale or place in memory changes.
         strides: From row to row of each layer's output, in elements.
+        base: The layers' frozen weights as one, for so many rows, to be computed in the same call; outputs are then
+            columns of one tensor.
     """
 
-    def __init__(self, layers: Sequence[LinearTensors], strides: Sequence[int]) -> None:
+    def __init__(
+        self, layers: Sequence[LinearTensors], strides: Sequence[int], base: tuple[FewRows, int] | None = None
+    ) -> None:
         parts = [(i, s) for i, layer in enumerate(layers) for s in layer.segments if s.rank]
         starts = [0, *accumulate((s.stop - s.start) * s.rank for _, s in parts)]
         products = [
@@ -65,23 +70,42 @@ class MixedRows:
             np.array([low.data_ptr() + p.slot * low.stride(0) * size for p, low in zip(products, owners, strict=True)])
             for owners in ([layers[p.layer].lora_A for p in products], [layers[p.layer].lora_B for p in products])
         )
-        # Where rows of x and of the outputs lie now; written anew for each call.
-        self._inputs, self._results = np.zeros_like(lows), np.zeros_like(lows)
         # Fortran reads rows as columns: lowᵀ = A·xᵀ, then yᵀ += s·B·lowᵀ.
         inside, leading = [inner] * len(products), [strides[p.layer] for p in products]
         down = Sizes(ranks, rows, inside, inside, inside, ranks, [1.0] * len(products))
         up = Sizes(outs, rows, ranks, outs, ranks, leading, [p.scaling for p in products])
-        self._down = Gemms(b"TN", down, (of_A, self._inputs, lows), 0.0, dtype)
-        self._up = Gemms(b"NN", up, (of_B, lows, self._results), 1.0, dtype)
+        first = [Products(b"TN", down, (of_A, self._x_places, lows), 0.0)]
+        self._base = base
+        if base is not None:
+            first.append(base[0].products(base[1]))
+            self._y_places += np.array([0, *accumulate(widths)])[self._y_layers] * size
+        self._down = Gemms(first, dtype)
+        self._up = Gemms([Products(b"NN", up, (of_B, lows, self._y_places), 1.0)], dtype)
 
     def add(self, x: Tensor, outputs: Sequence[Tensor]) -> None:
         """Add to ``outputs (rows, out)``, one for each layer, what the slots add for ``x (rows, in)``."""
-        if not len(self._inputs):
+        if not len(self._x_places):
             return
-        np.add(self._x_places, x.data_ptr(), out=self._inputs)
-        np.add(self._y_places, np.array([y.data_ptr() for y in outputs])[self._y_layers], out=self._results)
+        np.add(self._x_places, x.data_ptr(), out=self._down.places[0][1])
+        starts = np.array([y.data_ptr() for y in outputs])[self._y_layers]
+        np.add(self._y_places, starts, out=self._up.places[0][2])
         self._down()
         self._up()
+
+    def answers(self, x: Tensor) -> Tensor:
+        """The outputs side by side ``(rows, out_1 + … + out_n)`` for ``x (rows, in)``, with the base's part."""
+        assert self._base is not None
+        few, rows = self._base
+        y = x.new_empty(rows, few.out)
+        at_x, at_y = x.data_ptr(), y.data_ptr()
+        (_, inputs, _), (_, base_inputs, results) = self._down.places
+        np.add(self._x_places, at_x, out=inputs)
+        base_inputs.fill(at_x)
+        np.add(few.starts, at_y, out=results)
+        np.add(self._y_places, at_y, out=self._up.places[0][2])
+        self._down()
+        self._up()
+        return y
 
 
 def takes_mixed_rows(x: Tensor, layers: Sequence[LinearTensors]) -> bool:

@@ -49,9 +49,12 @@ class PackedWeight:
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """``x·Wᵀ + b`` for ``x (rows, in)``."""
-        if self._few is not None and self._few.takes(x):
-            return self._few.linear(x, bias)
-        return _product(x, self._forward, bias)
+        few = self.few(x)
+        return _product(x, self._forward, bias) if few is None else few.linear(x, bias)
+
+    def few(self, x: Tensor) -> FewRows | None:
+        """The layout for few rows, if there is one and ``x (rows, in)`` is for it."""
+        return self._few if self._few is not None and self._few.takes(x) else None
 
     def input_gradient(self, grad: Tensor, onto: Tensor | None = None) -> Tensor:
         """``grad·W`` for ``grad (rows, out)``, added to ``onto`` if that is given."""

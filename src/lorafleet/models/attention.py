@@ -107,7 +107,8 @@ def flat_attention(
     if foreign or not causal:
         raise UnsupportedAttention(f"needs {', '.join(foreign) or 'non-causal attention'}")
     if isinstance(flat_layout, CachedLayout):
-        return flat_layout.attend(module.layer_idx, query, key, value, scaling, sliding_window), None  # type: ignore[arg-type]
+        q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+        return flat_layout.attend(module.layer_idx, q, k, v, scaling, sliding_window)[None], None  # type: ignore[arg-type]
     shared = flat_layout.shared
     if shared is None:
         return _attend(query, key, value, scaling, sliding_window, flat_layout, dropout), None

@@ -46,7 +46,7 @@ class KeyValueCache:
     def layer(self, number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer, made at its first call, when their shapes are known."""
         if number not in self.layers:
-            keys, values = (t.new_zeros((self.rows, t.shape[1], self.capacity, t.shape[3])) for t in (key, value))
+            keys, values = (t.new_zeros((self.rows, t.shape[1], self.capacity, t.shape[2])) for t in (key, value))
             self.layers[number] = keys, values
         return self.layers[number]
 
@@ -91,36 +91,36 @@ class CachedLayout:
 
         Args:
             layer: The layer's number.
-            query: ``(1, heads, tokens, dim)``.
-            key: ``(1, kv_heads, tokens, dim)``.
+            query: ``(tokens, heads, dim)``.
+            key: ``(tokens, kv_heads, dim)``.
             value: As ``key``.
             scaling: Factor of the scores; 1/sqrt(dim) when not given.
             window: Tokens that a position sees, itself included.
 
         Returns:
-            ``(1, tokens, heads, dim)``.
+            ``(tokens, heads, dim)``.
         """
         keys, values = self.cache.layer(layer, key, value)
         rows, positions = self._where
-        keys[rows, :, positions], values[rows, :, positions] = key[0].transpose(0, 1), value[0].transpose(0, 1)
+        keys[rows, :, positions], values[rows, :, positions] = key, value
         parts = [self._one_each(query, keys, values, scaling, window)] if self.ones else []
         if self.ones == len(self.lengths):
             return parts[0]
         begin = self.ones
         for row, start, length in list(zip(self.rows, self.starts, self.lengths, strict=True))[self.ones :]:
-            q = query[:, :, begin : begin + length]
+            q = query[begin : begin + length].transpose(0, 1)[None]
             k, v = keys[row : row + 1, :, : start + length], values[row : row + 1, :, : start + length]
             parts.append(_sequence(q, k, v, start, scaling, window))
             begin += length
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _one_each(
         self, query: Tensor, keys: Tensor, values: Tensor, scaling: float | None, window: int | None
     ) -> Tensor:
         """The rows with one new token: a query for each head that shares a key head, all of them one after another."""
         first, stop, longest, order = self._span
-        kv_heads, dim = keys.shape[1], query.shape[3]
-        q = query[0, :, : self.ones].transpose(0, 1)  # (ones, heads, dim)
+        kv_heads, dim = keys.shape[1], query.shape[2]
+        q = query[: self.ones]
         if order is not None:
             q = q.new_zeros((stop - first, *q.shape[1:])).index_copy_(0, order, q)
         # Of so few rows, plain products take half the time of the kernels for long ones.
@@ -129,7 +129,7 @@ class CachedLayout:
         mask, scale = self._mask(window, q, kv_heads), dim**-0.5 if scaling is None else scaling
         scores = torch.baddbmm(mask, q, k.mT, beta=1, alpha=scale)
         out = torch.bmm(scores.softmax(dim=-1), v).reshape(stop - first, -1, v.shape[2])
-        return (out if order is None else out.index_select(0, order))[None]
+        return out if order is None else out.index_select(0, order)
 
     @cached_property
     def _span(self) -> tuple[int, int, int, Tensor | None]:
@@ -157,7 +157,11 @@ class CachedLayout:
 def _sequence(
     query: Tensor, keys: Tensor, values: Tensor, start: int, scaling: float | None, window: int | None
 ) -> Tensor:
-    """Attention of one row's new tokens ``(1, heads, new, dim)`` over all its ``(1, kv_heads, start + new, dim)``."""
+    """Attention of one row's new tokens ``(1, heads, new, dim)`` over all its ``(1, kv_heads, start + new, dim)``.
+
+    Returns:
+        ``(new, heads, dim)``.
+    """
     new, total = query.shape[2], keys.shape[2]
     mask: Tensor | None = None
     if start or (window is not None and window < total):
@@ -166,4 +170,4 @@ def _sequence(
     gqa = query.shape[1] != keys.shape[1]
     options: dict[str, Any] = {"attn_mask": mask, "is_causal": mask is None and new > 1, "scale": scaling}
     out: Tensor = scaled_dot_product_attention(query, keys, values, enable_gqa=gqa, **options)
-    return out.transpose(1, 2)
+    return out[0].transpose(0, 1)

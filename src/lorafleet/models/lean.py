@@ -106,14 +106,21 @@ class LeanLayers:
         half = sin.shape[-1] // 2
         signed = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
         x = x[0]
+        norm = self._norm_of(x)
         for layer in self.layers[:-1]:
-            x = self._behind_attention(layer, x, self._attended(layer, x, cos, signed, flat_layout))
+            x = self._behind_attention(layer, x, self._attended(layer, x, cos, signed, flat_layout, norm), norm)
         last = self.layers[-1]
-        heads = self._attended(last, x, cos, signed, flat_layout)
+        heads = self._attended(last, x, cos, signed, flat_layout, norm)
         if wanted is not None:
             x, heads = x.index_select(0, wanted.tokens), heads.index_select(0, wanted.tokens)
         with wanted.routing if wanted is not None else nullcontext():
-            return (self._normed(self.decoder.norm, self._behind_attention(last, x, heads))[None],)
+            return (norm(self.decoder.norm, self._behind_attention(last, x, heads, norm))[None],)
+
+    def _norm_of(self, x: Tensor) -> Callable[[Any, Tensor], Tensor]:
+        """How hidden states like ``x`` are normed, found out once for all layers: decoding has little else to do."""
+        norms = [layer.own[name] for layer in self.layers for name in ("input_layernorm", "post_attention_layernorm")]
+        own = all(type(norm).__module__ == self.home and not _is_heard(norm) for norm in [*norms, self.decoder.norm])
+        return _rms_norm if own and x.dtype == torch.float32 and not torch.is_grad_enabled() else self._normed
 
     def _normed(self, norm: Any, x: Tensor) -> Tensor:
         """RMS norm (Zhang and Sennrich 2019, arXiv 1910.07467) in float32, as transformers has it."""
@@ -127,31 +134,46 @@ class LeanLayers:
         return cast(Tensor, norm.weight * scaled)
 
     def _attended(
-        self, layer: _Layer, x: Tensor, cos: Tensor, signed: Tensor, layout: FlatLayout | CachedLayout
+        self,
+        layer: _Layer,
+        x: Tensor,
+        cos: Tensor,
+        signed: Tensor,
+        layout: FlatLayout | CachedLayout,
+        norm: Callable[[Any, Tensor], Tensor],
     ) -> Tensor:
         """What attention gives tokens ``x (tokens, hidden)`` at the positions of ``cos (tokens, 1, dim)``, by head."""
         module, modules = layer.attention, layer.attention._modules
-        x = self._normed(layer.own["input_layernorm"], x)
+        x = norm(layer.own["input_layernorm"], x)
         projections = _together([modules["q_proj"], modules["k_proj"], modules["v_proj"]], x)
-        q, k, v = (part.view(len(x), -1, module.head_dim) for part in projections)
+        q, k, v = (part.view(x.shape[0], -1, module.head_dim) for part in projections)
         if "q_norm" in modules:
             q, k = self._normed(modules["q_norm"], q), self._normed(modules["k_norm"], k)
         q, k = _turned(q, cos, signed), _turned(k, cos, signed)
+        if isinstance(layout, CachedLayout):
+            return layout.attend(module.layer_idx, q, k, v, module.scaling, layer.window).reshape(x.shape[0], -1)
         q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))
         dropout = module.attention_dropout if module.training else 0.0
         out, _ = flat_attention(
             module, q, k, v, None, module.scaling, dropout, sliding_window=layer.window, flat_layout=layout
         )
-        return out.reshape(len(x), -1)
+        return out.reshape(x.shape[0], -1)
 
-    def _behind_attention(self, layer: _Layer, x: Tensor, heads: Tensor) -> Tensor:
+    def _behind_attention(
+        self, layer: _Layer, x: Tensor, heads: Tensor, norm: Callable[[Any, Tensor], Tensor]
+    ) -> Tensor:
         """The rest of a layer, token by token."""
         x = x + layer.attention._modules["o_proj"](heads)
-        return x + _mlp(layer.mlp, self._normed(layer.own["post_attention_layernorm"], x))
+        return x + _mlp(layer.mlp, norm(layer.own["post_attention_layernorm"], x))
 
 
 def _layer(layer: Any, window_of: Callable[[Any], int | None]) -> _Layer:
     return _Layer(layer._modules, layer.self_attn, layer.mlp._modules, window_of(layer.self_attn))
+
+
+def _rms_norm(norm: Any, x: Tensor) -> Tensor:
+    """RMS norm of float32 without gradients, in one call."""
+    return F.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
 
 
 class _RmsScaled(torch.autograd.Function):
