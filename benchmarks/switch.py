@@ -190,9 +190,7 @@ def _table(found: list[dict[str, Any]]) -> Table:
 def _pool_facts(found: list[dict[str, Any]]) -> dict[str, Spread]:
     ours = [one[OURS] for one in found]
     return {
-        "first_token_after_switch": spread(
-            [one["switch"]["switch_seconds"] / one["switch"]["stay_seconds"] for one in ours]
-        ),
+        "first_token_after_switch": spread([one["switch"] for one in ours]),
         "load_over_raw_read": spread([one["load"]["seconds"] / one["load"]["raw_seconds"] for one in ours]),
         "miss_over_hit": spread([one["many"]["miss_seconds"] / one["many"]["hit_seconds"] for one in ours]),
         "memory_over_files": spread([one["many"]["added_bytes"] / one["many"]["resident_bytes"] for one in ours]),

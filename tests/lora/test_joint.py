@@ -13,6 +13,7 @@ from lorafleet.lora import LoraBank, Routing, inject_lora
 from lorafleet.lora.dense_rows import _MOST_ROWS
 from lorafleet.lora.functional import lora_linear_reference
 from lorafleet.lora.grouped_gemm import has_grouped_gemm
+from lorafleet.lora.layer import LoraLinear
 
 ROUTING = Routing((0, 1, -1), (4, 3, 2))
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.02}
@@ -130,24 +131,72 @@ def test_blocks_of_few_rows_serve_layers_together(monkeypatch: pytest.MonkeyPatc
         check()
 
 
-@pytest.mark.skipif(not has_grouped_gemm(X.float()), reason="this PyTorch carries no grouped products for CPUs")
-def test_few_rows_of_one_two_or_no_slots_take_the_prepared_call(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def prepared_calls_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few rows by blocks on any machine, and nothing but the prepared calls answers."""
+    if not has_grouped_gemm(X.float()):
+        pytest.skip("this PyTorch carries no grouped products for CPUs")
     monkeypatch.setattr("lorafleet.lora.packed._fastest_width", lambda: 4)
-    model, bank, check = prepared(torch.float32, bias=False)
-    monkeypatch.setattr("lorafleet.lora.joint.base_products", None)  # nothing but the prepared call answers
-    check()
-    for slots, rows in (((1,), (3,)), ((0, -1), (2, 4)), ((-1,), (5,)), ((-1,), (2,))):
-        x = X[: sum(rows)].float()
-        with torch.no_grad(), bank.route(Routing(slots, rows)):
-            found = model(x)
-        parts = [one(x) for one in (model.up.base_layer, model.gate.base_layer)]
-        wanted, start = torch.cat(parts, dim=1).detach(), 0
-        for slot, count in zip(slots, rows, strict=True):
-            if slot >= 0:
-                deltas = [one.delta(slot) for one in (model.up, model.gate)]
-                wanted[start : start + count] += x[start : start + count] @ torch.cat(deltas).T
-            start += count
-        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    for other in ("base_products", "lora_linears", "JointWeight.products"):
+        monkeypatch.setattr(f"lorafleet.lora.joint.{other}", None)
+
+
+def expected(layers: list[LoraLinear], x: torch.Tensor, slots: tuple[int, ...], rows: tuple[int, ...]) -> torch.Tensor:
+    parts = x.split(list(rows))
+    return torch.cat(
+        [
+            torch.cat(
+                [
+                    p @ (one.weight.detach() + (one.delta(slot) if slot >= 0 else 0)).T
+                    for slot, p in zip(slots, parts, strict=True)
+                ]
+            )
+            for one in layers
+        ],
+        dim=1,
+    )
+
+
+@pytest.mark.usefixtures("prepared_calls_only")
+@pytest.mark.parametrize(("slots", "rows"), [((1,), (3,)), ((0, -1, 1), (2, 4, 1)), ((-1,), (5,)), ((0,), (16,))])
+def test_few_rows_take_prepared_calls(slots: tuple[int, ...], rows: tuple[int, ...]) -> None:
+    model, bank, _ = prepared(torch.float32, bias=False)
+    x = torch.randn(sum(rows), 12)
+    with torch.no_grad():
+        for part in (x, -2 * x):
+            with bank.route(Routing(slots, rows)):
+                found = model(part), model.up(part)
+            both, alone = expected([model.up, model.gate], part, slots, rows), expected([model.up], part, slots, rows)
+            torch.testing.assert_close(found[0], both, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(found[1], alone, rtol=1e-5, atol=1e-5)
+        with bank.disabled():
+            for count in (5, 2):
+                torch.testing.assert_close(model.up(x[:1].repeat(count, 1))[-1], x[0] @ model.up.weight.T)
+
+
+@pytest.mark.usefixtures("prepared_calls_only")
+def test_a_prepared_call_refuses_an_input_of_another_width() -> None:
+    model, bank, _ = prepared(torch.float32, bias=False)
+    with torch.no_grad(), bank.route(Routing((0, 1), (4, 4))):
+        model(torch.zeros(8, 12))
+        with pytest.raises(RuntimeError):
+            model(torch.zeros(8, 13))
+
+
+def test_slots_that_change_a_bias_alone() -> None:
+    model = nn.Sequential(Pair(bias=True), nn.Linear(12, 4)).double()
+    bank = inject_lora(
+        model,
+        [LoraConfig(r=2, target_modules=["up", "gate"]), LoraConfig(r=2, target_modules=["1"], bias="all")],
+    )
+    randomize(bank, 0, 1)
+    bank.speed_up(lambda: model(X), training=False)
+    with torch.no_grad(), bank.route(Routing((1, -1), (5, 4))):
+        found = model[0](X)
+    pair = model[0]
+    biases = [torch.stack([one.bias + one.lora_bias[1]] * 5 + [one.bias] * 4) for one in (pair.up, pair.gate)]
+    wanted = expected([pair.up, pair.gate], X, (-1,), (9,)) + torch.cat(biases, dim=1)
+    torch.testing.assert_close(found, wanted)
 
 
 def test_copies_of_slots_end_with_them() -> None:

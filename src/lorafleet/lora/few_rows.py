@@ -38,6 +38,7 @@ class FewRows:
         self._widths = [width] * whole + [rest] * bool(rest)
         self.starts = np.arange(len(self._widths)) * width * blocks.element_size()
         self._weights = blocks.data_ptr() + self.starts * inner
+        self._products: dict[tuple[int, float], Products] = {}
         self._gemms: dict[tuple[int, float], Gemms] = {}
         self._lock = Lock()  # of the prepared products' places
 
@@ -76,12 +77,16 @@ class FewRows:
         return y
 
     def products(self, rows: int, beta: float = 0.0) -> Products:
-        """The products for so many rows; places of x and the result have to be written: ``starts`` from its own."""
-        count, (out, inner) = len(self._widths), self._shape
-        inside = [inner] * count
-        # Fortran reads rows as columns: yᵀ = W·xᵀ, block by block.
-        sizes = Sizes(self._widths, [rows] * count, inside, self._widths, inside, [out] * count, [1.0] * count)
-        return Products(b"NN", sizes, (self._weights, self.starts, self.starts), beta)
+        """The products for so many rows; whoever calls them writes where x is, and the result's blocks (``starts``)."""
+        known = self._products.get((rows, beta))
+        if known is None:
+            count, (out, inner) = len(self._widths), self._shape
+            inside = [inner] * count
+            # Fortran reads rows as columns: yᵀ = W·xᵀ, block by block.
+            sizes = Sizes(self._widths, [rows] * count, inside, self._widths, inside, [out] * count, [1.0] * count)
+            unknown = np.zeros_like(self._weights)
+            known = self._products[rows, beta] = Products("NN", sizes, (self._weights, unknown, unknown), beta)
+        return known
 
     def _prepared(self, rows: int, beta: float) -> Gemms:
         known = self._gemms.get((rows, beta))

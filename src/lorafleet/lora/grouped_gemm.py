@@ -58,7 +58,7 @@ class Sizes(NamedTuple):
     alpha: Sequence[float]
 
 
-class Products(NamedTuple):
+class Products:
     """Products ``C = alpha·M·V + beta·C`` in Fortran's order, each of its own size.
 
     Args:
@@ -68,17 +68,17 @@ class Products(NamedTuple):
         beta: 1 adds to C.
     """
 
-    letters: bytes
-    sizes: Sizes
-    places: tuple[Numbers, Numbers, Numbers]
-    beta: float
+    def __init__(self, letters: str, sizes: Sizes, places: tuple[Numbers, Numbers, Numbers], beta: float) -> None:
+        self.places = places
+        same = groupby(zip(*sizes, strict=True))
+        self.groups = [(*key, *letters, beta, len(list(products))) for key, products in same]
 
 
 class Gemms:
     """Products in one call.
 
     Args:
-        parts: The products.
+        parts: The products, one at least.
         dtype: Of all of them.
 
     Attributes:
@@ -86,11 +86,7 @@ class Gemms:
     """
 
     def __init__(self, parts: Sequence[Products], dtype: torch.dtype) -> None:
-        groups = [
-            (*key, chr(part.letters[0]), chr(part.letters[1]), part.beta, len(list(same)))
-            for part in parts
-            for key, same in groupby(zip(*part.sizes, strict=True))
-        ]
+        groups = [group for part in parts for group in part.groups]
         count = len(groups)
         number, real = ctypes.c_int64 * count, _REALS[dtype] * count
         m, n, k, of_m, of_v, of_c, alphas, of_M, of_V, betas, same = zip(*groups, strict=True)
@@ -181,12 +177,12 @@ def has_grouped_gemm(like: Tensor) -> bool:
     return like.device.type == "cpu" and _works(like.dtype)
 
 
-def _layout(operand: Operand) -> tuple[bytes, int]:
+def _layout(operand: Operand) -> tuple[str, int]:
     """How Fortran reads a matrix of C's, and how far apart its lines are."""
     (down, across), columns = operand.tensor.stride()[-2:], operand.tensor.shape[-1]
     if operand.flipped:
         down, across, columns = across, down, operand.tensor.shape[-2]
-    return (b"N", down) if across == 1 and down >= columns else (b"T", across)
+    return ("N", down) if across == 1 and down >= columns else ("T", across)
 
 
 @cache

@@ -78,9 +78,11 @@ class Plan:
         # Dropout draws its masks anew in each pass, and a weight in lower precision would be one more copy.
         self.kept = not self.drops and lower is None
         self.packed = all(layer.packed is not None for layer in layers)
+        self.ranked = any(s.rank for part in self.parts for s in part.segments)
         self.magnitudes = any(layer.learns_magnitude[s.slot] for layer in layers for s in self.segments)
         self.mixed: MixedRows | None = None
-        self._quick: tuple[int, Callable[[Tensor], Tensor]] | None = None
+        self._quick: Callable[[Tensor], Tensor] | None = None
+        self._looked = False
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         """None: it names places in memory, so a copy of the layers makes its own."""
@@ -95,11 +97,11 @@ class Plan:
             first: The first of the layers.
         """
         rows = x.shape[0]  # len() of a tensor goes through Python
-        if rows <= FEW and (y := self._quickly(x, rows, joint)) is not None:
+        if rows <= FEW and (y := self._quickly(x, joint)) is not None:
             return (y,) if joint is None else y.split_with_sizes(joint.widths, dim=1)
         one = len(self.segments) == 1 and self.segments[0].stop - self.segments[0].start == rows
-        mixed = bool(self.segments) and takes_mixed_rows(x, self.parts)
-        dense = self._dense(x, first) if self.segments and not mixed else None
+        mixed = self._mixes(x)
+        dense = self._dense(x, first) if self.ranked and not mixed else None
         if self.segments and not (mixed or one or dense):
             return lora_linears(x, self.parts)
         found = base_products(x, self.parts) if joint is None else joint.products(x)
@@ -118,22 +120,26 @@ class Plan:
             add_bias(y, layer)
         return found
 
-    def _quickly(self, x: Tensor, rows: int, joint: JointWeight | None) -> Tensor | None:
+    def _quickly(self, x: Tensor, joint: JointWeight | None) -> Tensor | None:
         """The layers' answers side by side, by calls that are prepared once; none where that cannot be."""
-        if not x.is_contiguous():
+        if not x.is_cpu or not x.is_contiguous():
             return None
-        if self._quick is None or self._quick[0] != rows:
-            packed, bias = (self.parts[0].packed, self.parts[0].bias) if joint is None else (joint.packed, joint.bias)
-            few = packed.few(x) if packed is not None and (joint is not None or len(self.parts) == 1) else None
-            biased = bias is not None or any(part.lora_bias is not None for part in self.parts)
-            if few is None or biased or not self.kept or (self.segments and not takes_mixed_rows(x, self.parts)):
-                return None
-            if self.segments:
-                answers = MixedRows(self.parts, [few.out] * len(self.parts), (few, rows)).answers
-            else:
-                answers = partial(few.linear, bias=None)
-            self._quick = rows, answers
-        return self._quick[1](x)
+        if not self._looked:
+            self._looked, self._quick = True, self._prepared(x, joint)
+        return None if self._quick is None else self._quick(x)
+
+    def _prepared(self, x: Tensor, joint: JointWeight | None) -> Callable[[Tensor], Tensor] | None:
+        packed, bias = (self.parts[0].packed, self.parts[0].bias) if joint is None else (joint.packed, joint.bias)
+        few = packed.few(x) if packed is not None and (joint is not None or len(self.parts) == 1) else None
+        if few is None or bias is not None or any(part.lora_bias is not None for part in self.parts) or not self.kept:
+            return None
+        if not self.segments:
+            return partial(few.linear, bias=None)
+        strides = [few.out] * len(self.parts)
+        return MixedRows(self.parts, strides, (few, x.shape[0])).answers if self._mixes(x) else None
+
+    def _mixes(self, x: Tensor) -> bool:
+        return self.ranked and takes_mixed_rows(x, self.parts)
 
     def _dense(self, x: Tensor, first: LoraLinear) -> DenseRows | None:
         """Copies of A and B for this plan; those of the one before are let go, as they may be large."""
@@ -179,7 +185,7 @@ def outputs(layers: Sequence[LoraLinear], x: Tensor, joint: JointWeight | None =
         joint = None
     if joint is None and not plan.segments and not plan.packed:
         return [layer.base_layer(x) for layer in layers]
-    flat = x if x.ndim == 2 else x.reshape(tokens, features)
+    flat = x if x.shape == (tokens, features) else x.reshape(tokens, features)
     if lower is not None:
         flat = flat.to(lower)
     learns = plan.drops or torch.is_grad_enabled()

@@ -7,6 +7,7 @@ step to step is laid out once: two calls of oneMKL for all segments of all layer
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from threading import Lock
 
 import numpy as np
 from torch import Tensor
@@ -38,10 +39,11 @@ class _Product:
 
 
 class MixedRows:
-    """Adds ``s_k · x·A_kᵀ·B_kᵀ`` to the rows of each slot k, for layers that read the same ``x``.
+    """``s_k · x·A_kᵀ·B_kᵀ`` for the rows of each slot k, for layers that read the same ``x``.
 
     Args:
-        layers: Each with the same segments' rows; made anew when a slot's rank, scale or place in memory changes.
+        layers: Each with the same segments' rows, of which one has a rank at least. Made anew when a slot's rank, scale
+            or place in memory changes.
         strides: From row to row of each layer's output, in elements.
         base: The layers' frozen weights as one, for so many rows, to be computed in the same call; outputs are then
             columns of one tensor.
@@ -74,23 +76,22 @@ class MixedRows:
         inside, leading = [inner] * len(products), [strides[p.layer] for p in products]
         down = Sizes(ranks, rows, inside, inside, inside, ranks, [1.0] * len(products))
         up = Sizes(outs, rows, ranks, outs, ranks, leading, [p.scaling for p in products])
-        first = [Products(b"TN", down, (of_A, self._x_places, lows), 0.0)]
-        self._base = base
+        first = [Products("TN", down, (of_A, self._x_places, lows), 0.0)]
+        self._base, self._lock = base, Lock()  # of the places and of x·Aᵀ
         if base is not None:
             first.append(base[0].products(base[1]))
             self._y_places += np.array([0, *accumulate(widths)])[self._y_layers] * size
         self._down = Gemms(first, dtype)
-        self._up = Gemms([Products(b"NN", up, (of_B, lows, self._y_places), 1.0)], dtype)
+        self._up = Gemms([Products("NN", up, (of_B, lows, self._y_places), 1.0)], dtype)
 
     def add(self, x: Tensor, outputs: Sequence[Tensor]) -> None:
         """Add to ``outputs (rows, out)``, one for each layer, what the slots add for ``x (rows, in)``."""
-        if not len(self._x_places):
-            return
-        np.add(self._x_places, x.data_ptr(), out=self._down.places[0][1])
         starts = np.array([y.data_ptr() for y in outputs])[self._y_layers]
-        np.add(self._y_places, starts, out=self._up.places[0][2])
-        self._down()
-        self._up()
+        with self._lock:
+            np.add(self._x_places, x.data_ptr(), out=self._down.places[0][1])
+            np.add(self._y_places, starts, out=self._up.places[0][2])
+            self._down()
+            self._up()
 
     def answers(self, x: Tensor) -> Tensor:
         """The outputs side by side ``(rows, out_1 + … + out_n)`` for ``x (rows, in)``, with the base's part."""
@@ -99,12 +100,13 @@ class MixedRows:
         y = x.new_empty(rows, few.out)
         at_x, at_y = x.data_ptr(), y.data_ptr()
         (_, inputs, _), (_, base_inputs, results) = self._down.places
-        np.add(self._x_places, at_x, out=inputs)
-        base_inputs.fill(at_x)
-        np.add(few.starts, at_y, out=results)
-        np.add(self._y_places, at_y, out=self._up.places[0][2])
-        self._down()
-        self._up()
+        with self._lock:
+            np.add(self._x_places, at_x, out=inputs)
+            base_inputs.fill(at_x)
+            np.add(few.starts, at_y, out=results)
+            np.add(self._y_places, at_y, out=self._up.places[0][2])
+            self._down()
+            self._up()
         return y
 
 

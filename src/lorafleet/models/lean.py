@@ -117,7 +117,7 @@ class LeanLayers:
             return (norm(self.decoder.norm, self._behind_attention(last, x, heads, norm))[None],)
 
     def _norm_of(self, x: Tensor) -> Callable[[Any, Tensor], Tensor]:
-        """How hidden states like ``x`` are normed, found out once for all layers: decoding has little else to do."""
+        """How hidden states like ``x`` are normed, found out once for all layers: a step of decoding is short."""
         norms = [layer.own[name] for layer in self.layers for name in ("input_layernorm", "post_attention_layernorm")]
         own = all(type(norm).__module__ == self.home and not _is_heard(norm) for norm in [*norms, self.decoder.norm])
         return _rms_norm if own and x.dtype == torch.float32 and not torch.is_grad_enabled() else self._normed
