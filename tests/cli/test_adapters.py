@@ -53,6 +53,18 @@ def test_from_add_to_rollback(registry: Path, tmp_path: Path, capsys: pytest.Cap
     assert "films:1" in run("import", str(tmp_path / "x.tar"), "--name", "films", "--registry", other, capsys=capsys)[0]
 
 
+def test_rejected_versions_are_listed_with_their_reasons(
+    registry: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reason = "worse than [/prod] on [film] rows"
+    add = ["add", str(adapter_folder(tmp_path / "a")), "--name", "reviews", "--rejected", reason]
+    assert f"rejected: {reason}" in run(*add, capsys=capsys)[0]
+    text, listed = run("list", "reviews", capsys=capsys)
+    assert "reviews:1" in text and len(listed["versions"]) == 1
+    assert main(["adapters", "list", "reviews:1"]) == 2
+    assert "`lorafleet adapters show` takes a version" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -90,3 +102,5 @@ def test_a_name_serves_as_an_adapter(registry: Path, tmp_path: Path, capsys: pyt
     assert "did you mean 'reviews'?" in capsys.readouterr().err
     assert main(["merge", "--adapter", "reviews@prod", "--output-dir", str(tmp_path / "merged")]) == 1
     assert "reviews has no alias 'prod'; it has none" in capsys.readouterr().err
+    assert main(["generate", "--adapter", "名" * 100, "--prompt", "Hello"]) == 1  # too long for a file's name
+    assert "the registry has no adapter" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """One file carries versions to another registry; a wrong one adds nothing."""
 
+import gzip
 import io
 import json
 import tarfile
@@ -42,6 +43,23 @@ def test_versions_travel(registry: Registry, tmp_path: Path) -> None:
         "films:1",
         "films:2",
     ]
+
+
+def test_what_is_there_stays_as_it_is(registry: Registry, tmp_path: Path) -> None:
+    export_versions(registry, ["reviews:1", "reviews:2"], tmp_path / "out.tar")
+    registry.add(tmp_path / "a", "reviews", rejected="too old", tags=["mine"])
+    registry.add(tmp_path / "b", "reviews")
+    registry.promote("reviews:2")
+    before = registry.versions()
+    assert import_versions(registry, tmp_path / "out.tar") == before == registry.versions()
+
+
+def test_what_would_unpack_to_more_than_it_is_is_refused(registry: Registry, tmp_path: Path) -> None:
+    export_versions(registry, ["reviews:1"], tmp_path / "out.tar")
+    with gzip.open(tmp_path / "out.tar.gz", "wb") as file:
+        file.write((tmp_path / "out.tar").read_bytes())
+    with pytest.raises(RegistryError, match="out.tar.gz is damaged or no export of a registry"):
+        import_versions(registry, tmp_path / "out.tar.gz")
 
 
 def test_no_file_is_replaced(registry: Registry, tmp_path: Path) -> None:

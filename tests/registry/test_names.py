@@ -6,7 +6,9 @@ from lorafleet.errors import ConfigError
 from lorafleet.registry.names import LONGEST, Reference, name_fault, parse_reference
 
 
-@pytest.mark.parametrize("name", ["a", "reviews-v2", "user 17", "苏轼", "Żółw", "a.b_c+d", "x" * LONGEST])
+@pytest.mark.parametrize(
+    "name", ["a", "reviews-v2", "user 17", "苏轼", "Żółw", "हिन्दी", "เพื่อน", "a.b_c+d", "x" * LONGEST]
+)
 def test_names(name: str) -> None:
     assert name_fault(name) is None
 
@@ -28,6 +30,8 @@ def test_names(name: str) -> None:
         "a ",
         "x" * (LONGEST + 1),
         "e\u0301",
+        "\u0301e",
+        "sha256",
     ],
 )
 def test_words_that_are_no_names(name: str) -> None:

@@ -87,6 +87,24 @@ def test_what_others_delete_is_seen_and_written_again(registry: Registry, others
     assert verify(registry).versions == 1
 
 
+def test_a_file_that_was_damaged_is_written_again(registry: Registry, others: Any, tmp_path: Path) -> None:
+    version = registry.add(adapter_folder(tmp_path / "run"), "reviews")
+    path = f"bucket/adapters/blobs/{version.files['adapter_model.safetensors']}"
+    others.pipe_file(path, b"x" + others.cat_file(path)[1:])
+    with pytest.raises(RegistryError, match="add the adapter again to mend it"):
+        verify(registry)
+    again = Registry("s3://bucket/adapters", f"sqlite:///{tmp_path}/meta.db")  # as another process would
+    again.add(tmp_path / "run", "reviews")
+    verify(again)
+
+
+def test_files_of_another_registry_are_left_alone(registry: Registry, tmp_path: Path) -> None:
+    version = registry.add(adapter_folder(tmp_path / "run"), "reviews")
+    with pytest.raises(RegistryError, match="give the registry_database that goes with the registry"):
+        gc(Registry("s3://bucket/adapters", f"sqlite:///{tmp_path}/typo.db", create=True))
+    assert registry.blobs.sizes().keys() == set(version.files.values())
+
+
 def test_what_others_put_is_seen(registry: Registry, others: Any) -> None:
     registry.blobs.put("a" * 64, b"first")
     assert registry.blobs.sizes() == {"a" * 64: 5}
@@ -101,7 +119,7 @@ def test_a_store_that_is_gone_is_an_error_of_the_registry(
     registry.add(adapter_folder(tmp_path / "run"), "reviews")
     store.kill()
     store.wait()
-    with pytest.raises(RegistryError, match="cannot write to the registry, bucket/adapters/blobs/"):
+    with pytest.raises(RegistryError, match="cannot write to the registry, bucket/adapters/"):
         registry.add(adapter_folder(tmp_path / "other", 1), "reviews")
     with pytest.raises(RegistryError, match="cannot list the registry, bucket/adapters/blobs: "):
         verify(registry)

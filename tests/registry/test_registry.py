@@ -8,7 +8,7 @@ import pytest
 from lorafleet.errors import AdapterError, ConfigError, RegistryError
 from lorafleet.files.adapter import load_adapter
 from lorafleet.registry.registry import Registry
-from lorafleet.registry.upkeep import verify
+from lorafleet.registry.upkeep import gc, verify
 from tests.registry.adapters import TOKENIZER, adapter_folder
 
 
@@ -192,16 +192,47 @@ def test_adding_again_mends_a_damaged_file(registry: Registry, tmp_path: Path) -
     assert load_adapter(registry.folder(version)).config.r == 2
 
 
+def test_mending_reaches_the_folder_that_is_loaded(registry: Registry, tmp_path: Path) -> None:
+    run = adapter_folder(tmp_path / "run")
+    version = registry.add(run, "reviews")
+    laid = registry.folder(version) / "adapter_model.safetensors"
+    good = laid.read_bytes()
+    laid.chmod(0o644)
+    laid.write_bytes(b"x" + good[1:])
+    registry.add(run, "films")
+    assert (registry.folder(version) / "adapter_model.safetensors").read_bytes() == good
+    verify(registry)
+
+
 def test_a_registry_is_not_made_by_looking(tmp_path: Path) -> None:
-    with pytest.raises(RegistryError, match="there is no registry at .*; `lorafleet adapters add` starts one"):
-        Registry(str(tmp_path / "nothing"))
+    for database in (None, f"sqlite:///{tmp_path}/typo.db"):
+        with pytest.raises(RegistryError, match="there is no registry at .*; `lorafleet adapters add` starts one"):
+            Registry(str(tmp_path / "nothing"), database)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("url", ["mysql://host/x", "no url", "sqlite"])
+def test_files_of_another_registry_are_left_alone(registry: Registry, tmp_path: Path) -> None:
+    run = adapter_folder(tmp_path / "run")
+    registry.add(run, "reviews")
+    before = registry.blobs.sizes()
+    wrong = Registry(registry.location, f"sqlite:///{tmp_path}/other.db", create=True)
+    for work in (lambda: gc(wrong), lambda: wrong.add(run, "reviews")):
+        with pytest.raises(RegistryError, match="give the registry_database that goes with the registry"):
+            work()
+    assert registry.blobs.sizes() == before
+    verify(registry)
+
+
+def test_scores_that_are_no_numbers_are_left_out(registry: Registry, tmp_path: Path) -> None:
+    scores = {"loss": float("nan"), "perplexity": float("inf"), "accuracy": 0.5}
+    assert registry.add(adapter_folder(tmp_path / "run"), "reviews", scores=scores).scores == {"accuracy": 0.5}
+
+
+@pytest.mark.parametrize("url", ["mysql://host/x", "no url", "sqlite", "postgres://me:hidden@host/x"])
 def test_other_databases_are_refused(tmp_path: Path, url: str) -> None:
-    with pytest.raises(ConfigError, match="registry_database"):
+    with pytest.raises(ConfigError, match="registry_database") as refused:
         Registry(str(tmp_path), url, create=True)
+    assert "hidden" not in str(refused.value)
 
 
 def test_an_object_store_with_a_database_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

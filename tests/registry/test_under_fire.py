@@ -41,7 +41,7 @@ def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], Regis
     if request.param == "postgresql":
         url = request.getfixturevalue("server")
         with Registry(str(tmp_path / "registry"), url, create=True).database.writing() as connection:
-            for table in ("moves", "aliases", "versions", "revisions"):
+            for table in ("moves", "aliases", "versions", "revisions", "names"):
                 connection.execute(text(f"DELETE FROM {table}"))
     return lambda: Registry(str(tmp_path / "registry"), url, create=True)
 
@@ -99,7 +99,9 @@ def work_until_killed(opened: Callable[[], Registry], folders: list[Path], seed:
     while True:
         name = dice.choice(["one", "two"])
         try:
-            match dice.randrange(6):
+            match dice.randrange(7):
+                case 6:
+                    registry.folder(registry.find(name))
                 case 0:
                     gc(registry, keep=2)
                 case 1:
@@ -132,6 +134,7 @@ def test_kills_at_any_instant(opened: Callable[[], Registry], tmp_path: Path, ki
         for version in registry.versions():
             assert all(registry.blobs.has(digest) for digest in version.files.values()), version.label
             assert not (version.aliases and version.rejected)
+            assert {path.name for path in registry.folder(version).iterdir()} == set(version.files)
         reached.add(len(registry.history("one")))
     found = verify(registry)
     assert len(reached) > 3, "the processes were killed before they could do anything"

@@ -67,6 +67,39 @@ def test_a_changed_row_is_found(registry: Registry, tmp_path: Path, change: str)
         verify(registry)
 
 
+@pytest.mark.parametrize("value", ["'z' || scores", "CAST(x'ff' || scores AS TEXT)"])
+def test_a_row_that_cannot_be_read_is_named(registry: Registry, tmp_path: Path, value: str) -> None:
+    with sqlite3.connect(tmp_path / "registry" / "registry.db") as connection:
+        connection.execute(f"UPDATE versions SET scores = {value} WHERE number = 2")
+    with pytest.raises(RegistryError, match="the registry's database .*"):
+        registry.versions()
+    with pytest.raises(RegistryError, match="the row reviews:2 of versions was changed and cannot be read"):
+        verify(registry)
+
+
+def test_rows_that_were_lost_are_missed(registry: Registry, tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "registry" / "registry.db") as connection:
+        connection.execute("DELETE FROM revisions WHERE rowid = 1")
+        connection.execute("DELETE FROM names WHERE name = 'films'")
+    message = r"(?s)refers to a row of revisions that is not there.*the names do not know films:1"
+    with pytest.raises(RegistryError, match=message):
+        verify(registry)
+
+
+def test_a_damaged_copy_that_would_be_loaded_is_found(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("no second names here")
+
+    monkeypatch.setattr("os.link", refuse)
+    laid = registry.folder(registry.find("reviews")) / "adapter_config.json"
+    verify(registry)
+    laid.write_bytes(laid.read_bytes() + b" ")
+    with pytest.raises(RegistryError, match=r"adapter_config.json differs .*; delete its folder"):
+        verify(registry)
+
+
 def test_an_alias_that_no_move_explains_is_found(registry: Registry, tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "registry" / "registry.db") as connection:
         connection.execute("DELETE FROM aliases")
@@ -100,6 +133,28 @@ def test_a_number_is_not_given_twice(registry: Registry, tmp_path: Path) -> None
     registry.promote("reviews:1", "canary")
     gc(registry, ["reviews:3"])
     assert registry.add(adapter_folder(tmp_path / "new", 9), "reviews").label == "reviews:4"
+    gc(registry, ["reviews:4", "films:1"])
+    assert registry.add(tmp_path / "new", "reviews").label == "reviews:5"
+    assert registry.add(tmp_path / "new", "films").label == "films:2"
+
+
+def test_folders_that_a_killed_gc_left_go(registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    third, kept = registry.folder(registry.find("reviews:3")), registry.folder(registry.find("reviews:1"))
+    with monkeypatch.context() as patch:
+        patch.setattr("lorafleet.registry.folders.shutil.rmtree", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            gc(registry, ["reviews:3"])
+    (left,) = set(third.parent.iterdir()) - {kept}
+    assert left.name.endswith(".tmp")
+    again = registry.folder(registry.add(tmp_path / "2", "again"))
+    assert {path.name for path in again.iterdir()} == set(registry.find("again").files)
+    os.utime(left, (0, 0))
+    gc(registry, ["again"])
+    assert set(third.parent.iterdir()) == {kept}
+
+
+def interrupt(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_gc_deletes_what_killed_writers_left(registry: Registry, tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from lorafleet.evaluation.metrics import in_figures, in_words
 
 
 def put(*parts: RenderableType) -> None:
-    """Print on stdout; without a terminal lines are not broken at 80 columns."""
-    Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(*parts, sep="\n")
+    """Print on stdout, a text as it is; without a terminal lines are not broken at 80 columns."""
+    Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False).print(*parts, sep="\n")
 
 
 def facts(rows: Iterable[tuple[str, Any]]) -> Table:

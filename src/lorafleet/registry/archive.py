@@ -21,6 +21,7 @@ from lorafleet.registry.version import Version
 
 _INDEX, _FORMAT = "registry.json", 1
 _MOST_INDEX_BYTES = 64 << 20
+_NOT_OURS = (tarfile.TarError, ValueError, KeyError, TypeError, AttributeError, RecursionError, AdapterError)
 
 
 @dataclass(frozen=True)
@@ -81,23 +82,25 @@ def import_versions(registry: Registry, path: Path, name: str | None = None) -> 
         ConfigError: ``name`` is none, or the file has several names.
         RegistryError: The file cannot be read, is none of ours, or damaged; then nothing is added.
     """
-    entries, contents = _read(path)
+    entries, members = _checked(path)
     names = {entry["name"] for entry in entries}
     if name is not None and len(names) > 1:
         raise ConfigError(f"{path} has adapters of {len(names)} names ({', '.join(sorted(names))}); leave out --name")
     chosen = [name or entry["name"] for entry in entries]
     raise_all(ConfigError, [fault for one in chosen if (fault := name_fault(one))], f"{path} cannot be imported")
-    return [
-        registry.put(
-            {file: contents[digest] for file, digest in entry["files"].items()},
-            entry["lineage"],
-            one,
-            entry["scores"],
-            entry["tags"],
-            entry["rejected"],
-        )
-        for one, entry in zip(chosen, entries, strict=True)
-    ]
+    with tarfile.open(path, "r:") as tar:
+        return [
+            registry.put(
+                {file: _get(tar, members[digest]) for file, digest in entry["files"].items()},
+                entry["lineage"],
+                one,
+                entry["scores"],
+                entry["tags"],
+                entry["rejected"],
+                again=False,
+            )
+            for one, entry in zip(chosen, entries, strict=True)
+        ]
 
 
 def _put(tar: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -106,11 +109,12 @@ def _put(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     tar.addfile(member, io.BytesIO(data))
 
 
-def _read(path: Path) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
-    """What a file says it has, and its blobs, all checked."""
+def _checked(path: Path) -> tuple[list[dict[str, Any]], dict[str, tarfile.TarInfo]]:
+    """What a file says it has, and where its blobs are, all of them read and compared with their hashes."""
     try:
-        with tarfile.open(path) as tar:
-            members = {member.name: member for member in tar if member.isfile()}
+        # Neither compressed nor with holes: what is read is no more than the file's own bytes.
+        with tarfile.open(path, "r:") as tar:
+            members = {member.name: member for member in tar if member.isfile() and not member.issparse()}
             index = members.get(_INDEX)
             if index is None or index.size > _MOST_INDEX_BYTES:
                 raise RegistryError(f"{path} has no {_INDEX}; it is no export of a registry")
@@ -119,14 +123,14 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
                 raise RegistryError(f"{path} has format {told.get('format')!r}; this release reads {_FORMAT}")
             entries = [_entry(entry) for entry in told["versions"]]
             digests = dict.fromkeys(digest for entry in entries for digest in entry["files"].values())
-            contents = {digest: _get(tar, members[f"blobs/{digest}"]) for digest in digests}
+            blobs = {digest: members[f"blobs/{digest}"] for digest in digests}
+            damaged = [digest for digest in blobs if hashes({"": _get(tar, blobs[digest])})[""] != digest]
     except OSError as error:
         raise RegistryError(f"cannot read {path}: {error.strerror or error}") from error
-    except (tarfile.TarError, ValueError, KeyError, TypeError, AttributeError, AdapterError) as error:
+    except _NOT_OURS as error:
         raise RegistryError(f"{path} is damaged or no export of a registry: {error}") from error
-    damaged = [digest for digest, found in hashes(contents).items() if found != digest]
     raise_all(RegistryError, [f"blob {digest} differs from its hash" for digest in damaged], f"{path} is damaged")
-    return entries, contents
+    return entries, blobs
 
 
 def _entry(told: Mapping[str, Any]) -> dict[str, Any]:

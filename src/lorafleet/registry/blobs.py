@@ -4,9 +4,8 @@ import hashlib
 import logging
 import os
 import secrets
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,13 +16,22 @@ from lorafleet.models.digest import sha256_file
 logger = logging.getLogger(__name__)
 
 FOLDER = "blobs"
+_IDENTITY = "registry.id"
+
+_REMEDY = "add the adapter again to mend it (with the same --rejected, if it was)"
+
+ABANDONED_SECONDS = 24 * 3600
+"""What is temporary and this old is nobody's any more: its writer was killed."""
 
 
 class Blobs(Protocol):
     """Where the files are."""
 
-    def put(self, digest: str, data: bytes) -> None:
-        """Keep a file. Nothing of it can be seen before all of it can."""
+    def claim(self, identity: str) -> str:
+        """Write whose files these are where that is not written yet; whose they are."""
+
+    def put(self, digest: str, data: bytes) -> bool:
+        """Keep a file, and say whether it replaced a damaged one. Nothing of it can be seen before all of it can."""
 
     def has(self, digest: str) -> bool:
         """Whether a file is there."""
@@ -51,15 +59,27 @@ class LocalBlobs:
     def __init__(self, folder: Path) -> None:
         self.folder = folder / FOLDER
 
-    def put(self, digest: str, data: bytes) -> None:
+    def claim(self, identity: str) -> str:
+        """Write whose files these are where that is not written yet; whose they are."""
+        path = self.folder.with_name(_IDENTITY)
+        try:
+            if not path.exists():
+                write_bytes(path, identity.encode())
+            return path.read_text()
+        except OSError as error:
+            raise RegistryError(f"cannot write to the registry, {path}: {error.strerror or error}") from error
+
+    def put(self, digest: str, data: bytes) -> bool:
         """Write a file and flush it to disk; one that is there already, and undamaged, stays."""
         path = self.folder / digest
-        if not path.is_file() or sha256_file(path) != digest:
-            try:
+        try:
+            damaged = path.is_file() and sha256_file(path) != digest
+            if damaged or not path.is_file():
                 write_bytes(path, data)
-            except OSError as error:
-                raise RegistryError(f"cannot write to the registry, {path}: {error.strerror or error}") from error
-            path.chmod(0o444)
+                path.chmod(0o444)
+        except OSError as error:
+            raise RegistryError(f"cannot write to the registry, {path}: {error.strerror or error}") from error
+        return damaged
 
     def has(self, digest: str) -> bool:
         """Whether a file is there."""
@@ -82,7 +102,7 @@ class LocalBlobs:
         try:
             os.link(source, path)
         except OSError:
-            shutil.copyfile(source, path)
+            write_new_file(path, self.read(digest))
 
     def share(self, digest: str, path: Path) -> None:
         """Make a local file of a blob's bytes a second name of it; it stays a copy where the file system has none."""
@@ -99,11 +119,20 @@ class LocalBlobs:
         """The bytes of every file, those of writers that were killed included, under their names."""
         if not self.folder.is_dir():
             return {}
-        return {entry.name: entry.stat().st_size for entry in os.scandir(self.folder) if entry.is_file()}
+        found = {}
+        for entry in os.scandir(self.folder):
+            with suppress(FileNotFoundError):  # a writer has renamed it meanwhile, or a gc deleted it
+                if entry.is_file():
+                    found[entry.name] = entry.stat().st_size
+        return found
 
     def delete(self, digest: str) -> None:
         """Remove a file."""
-        (self.folder / digest).unlink(missing_ok=True)
+        path = self.folder / digest
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise RegistryError(f"cannot delete from the registry, {path}: {error.strerror or error}") from error
 
 
 class RemoteBlobs:
@@ -124,13 +153,28 @@ class RemoteBlobs:
         except (ValueError, ImportError) as error:
             raise ConfigError(f"registry = {url!r} cannot be opened: {error}") from error
         self.root = f"{root.rstrip('/')}/{FOLDER}"
+        self._whole: set[str] = set()  # files that this process has read or written; none ever changes
 
-    def put(self, digest: str, data: bytes) -> None:
-        """Upload a file that is not there yet, or not whole."""
-        path = f"{self.root}/{digest}"
+    def claim(self, identity: str) -> str:
+        """Write whose files these are where that is not written yet; whose they are."""
+        path = f"{self.root.removesuffix(FOLDER)}{_IDENTITY}"
         with _told("write to", path):
-            if not self.store.exists(path) or self.store.size(path) != len(data):
+            if not self.store.exists(path):
+                self.store.pipe_file(path, identity.encode())
+            found: bytes = self.store.cat_file(path)
+        return found.decode("utf-8", "replace")
+
+    def put(self, digest: str, data: bytes) -> bool:
+        """Upload a file that is not there yet, or damaged."""
+        path, damaged = f"{self.root}/{digest}", False
+        with _told("write to", path):
+            there = self.store.exists(path)
+            if there and digest not in self._whole:
+                damaged = hashlib.sha256(self.store.cat_file(path)).hexdigest() != digest
+            if damaged or not there:
                 self.store.pipe_file(path, data)
+        self._whole.add(digest)
+        return damaged
 
     def has(self, digest: str) -> bool:
         """Whether a file is there."""
@@ -193,9 +237,9 @@ def _checked(data: bytes, digest: str) -> bytes:
 
 
 def _damaged(digest: str) -> str:
-    return f"the registry's file {digest} is damaged: its SHA-256 differs; add the adapter again to mend it"
+    return f"the registry's file {digest} is damaged: its SHA-256 differs; {_REMEDY}"
 
 
 def _missing(digest: str, reason: str | None = None) -> str:
     why = f" ({reason})" if reason else ""
-    return f"the registry's file {digest} is missing{why}; add the adapter again to mend it"
+    return f"the registry's file {digest} is missing{why}; {_REMEDY}"

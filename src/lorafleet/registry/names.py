@@ -7,7 +7,6 @@ from typing import NamedTuple
 from lorafleet.errors import ConfigError
 
 LONGEST = 128
-_NAME = re.compile(r"\w[\w.\-+ ]*", re.UNICODE)
 _REVISION = re.compile(r"sha256:([0-9a-f]{8,64})")
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
 
@@ -38,9 +37,18 @@ def name_fault(text: str, what: str = "name") -> str | None:
     """
     if len(text) > LONGEST:
         return f"{what} {text[:20]!r}… has {len(text)} characters; {LONGEST} is the most"
-    if _NAME.fullmatch(text) and text == text.strip() and text == unicodedata.normalize("NFC", text):
+    if text == "sha256":
+        return f"{what} 'sha256' stands for revisions; take another"
+    allowed = text[:1].isalnum() or text[:1] == "_"
+    allowed = allowed and all(character.isalnum() or character in "_.-+ " or _is_mark(character) for character in text)
+    if allowed and text == text.strip() and text == unicodedata.normalize("NFC", text):
         return None
     return f"{what} {text!r} should begin with a letter or digit and have letters, digits, spaces and . - _ + only"
+
+
+def _is_mark(character: str) -> bool:
+    """Vowel signs and the like, without which many scripts cannot be written."""
+    return unicodedata.category(character).startswith("M")
 
 
 def parse_reference(text: str) -> Reference:

@@ -4,7 +4,7 @@ from sqlalchemy import Connection, RowMapping, func, select
 
 from lorafleet.errors import RegistryError, did_you_mean
 from lorafleet.registry.names import Reference
-from lorafleet.registry.tables import aliases, moves, revisions, versions
+from lorafleet.registry.tables import aliases, moves, names, revisions, versions
 from lorafleet.registry.version import Move, Version
 
 PROD = "prod"
@@ -70,10 +70,8 @@ def moves_of(connection: Connection, name: str, alias: str | None = None) -> lis
 
 
 def next_number(connection: Connection, name: str) -> int:
-    """A version that a name never had. One that gc removed is not given again: its moves would tell of another."""
-    newest = connection.scalar(select(func.max(versions.c.number)).where(versions.c.name == name))
-    moved = connection.scalar(select(func.max(moves.c.after)).where(moves.c.name == name))
-    return max(newest or 0, moved or 0) + 1
+    """A version that a name never had. One that gc removed is not given again: it would be other bytes."""
+    return (connection.scalar(select(names.c.newest).where(names.c.name == name)) or 0) + 1
 
 
 def _by_revision(connection: Connection, reference: Reference) -> tuple[str | None, int | None]:
@@ -93,9 +91,9 @@ def _what_is_missing(connection: Connection, reference: Reference) -> str:
     """What there is instead of what was asked for."""
     if reference.revision is not None:
         return f"the registry has no revision {reference}"
-    name, names = str(reference.name), connection.scalars(select(versions.c.name).distinct()).all()
-    if name not in names:
-        return f"the registry has no adapter {name!r}{did_you_mean(name, names)}"
+    name, known = str(reference.name), connection.scalars(select(versions.c.name).distinct()).all()
+    if name not in known:
+        return f"the registry has no adapter {name!r}{did_you_mean(name, known)}"
     if reference.alias is not None:
         mine = sorted(alias for found in aliases_of(connection, name).values() for alias in found)
         return f"{name} has no alias {reference.alias!r}; it has {', '.join(mine) or 'none'}"

@@ -5,26 +5,25 @@ one transaction: whoever is killed in between leaves the registry as it was, and
 """
 
 import datetime
+import math
 import os
-import secrets
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from sqlalchemy import URL, Connection, insert, select, update
+from sqlalchemy import URL, Connection, delete, insert, select, update
 
 from lorafleet.errors import ConfigError, RegistryError, raise_all
-from lorafleet.files.atomic import sync_folder
 from lorafleet.models.cache import cache_folder
 from lorafleet.registry import queries
 from lorafleet.registry.blobs import Blobs, LocalBlobs, open_blobs
 from lorafleet.registry.contents import hashes, read_contents, revision_of
 from lorafleet.registry.database import Database
+from lorafleet.registry.folders import Folders
 from lorafleet.registry.names import Reference, name_fault, parse_reference
 from lorafleet.registry.queries import PROD
-from lorafleet.registry.tables import aliases, moves, revisions, sealed, versions
+from lorafleet.registry.tables import aliases, moves, names, revisions, sealed, versions
 from lorafleet.registry.version import Move, Version, promoted
 
 HOME = "LORAFLEET_REGISTRY"
@@ -53,8 +52,9 @@ class Registry:
         local = self.blobs.folder.parent if isinstance(self.blobs, LocalBlobs) else None
         if database is None:
             own = URL.create("sqlite", database=str(_own_database(self.location, local, create)))
-        self.database = Database(own if database is None else database)
-        self.folders = (local or cache_folder() / "registry") / _FOLDERS
+        self.database = Database(own if database is None else database, create=create)
+        place = local or cache_folder() / "registry" / self.database.identity
+        self.folders = Folders(place / _FOLDERS, self.blobs)
 
     def add(
         self,
@@ -71,7 +71,7 @@ class Registry:
         Args:
             folder: The adapter; it is checked as loading would.
             name: Its name.
-            scores: Measurements; None takes those of its training.
+            scores: Measurements; None takes those of its training. NaN and infinity, which JSON lacks, are left out.
             tags: Words to find it by.
             parent: The version that its training went on from.
             rejected: Why it does not pass; such a version takes no alias.
@@ -96,21 +96,50 @@ class Registry:
         scores: Mapping[str, float],
         tags: Sequence[str],
         rejected: str | None,
+        *,
+        again: bool = True,
     ) -> Version:
-        """Keep files that are known to be an adapter's; see :meth:`add`."""
+        """Keep files that are known to be an adapter's; see :meth:`add`.
+
+        Args:
+            contents: The files by name.
+            lineage: What they came from.
+            name: The name to keep them under.
+            scores: Measurements.
+            tags: Words to find it by.
+            rejected: Why it does not pass.
+            again: Whether a version that is there already is judged anew; else it stays as it is.
+        """
+        self.check_files()
         files = hashes(contents)
-        for path, data in contents.items():
-            self.blobs.put(files[path], data)
+        mended = {files[path] for path, data in contents.items() if self.blobs.put(files[path], data)}
         revision = revision_of(files)
         with self.database.writing() as connection:
+            if mended:  # their folders may still have the damaged bytes, which were the same file
+                rows = connection.execute(select(revisions.c.revision, revisions.c.files)).all()
+                self.folders.drop([one for one, its in rows if mended & set(its.values())])
             for path, data in contents.items():
                 if not self.blobs.has(files[path]):  # a gc came between; none can while this transaction lasts
                     self.blobs.put(files[path], data)
             if connection.scalar(select(revisions.c.size).where(revisions.c.revision == revision)) is None:
                 row = {"revision": revision, "size": sum(map(len, contents.values())), "files": files}
                 connection.execute(insert(revisions).values(sealed(row | {"lineage": dict(lineage)})))
-            number = _judge(connection, name, revision, scores, tags, rejected)
+            finite = {key: value for key, value in scores.items() if math.isfinite(value)}
+            number = _judge(connection, name, revision, finite, tags, rejected, again)
             return queries.find(connection, Reference(name, number))
+
+    def check_files(self) -> None:
+        """Refuse files that belong to another registry's database: to this one they would be without an owner.
+
+        Raises:
+            RegistryError: They do.
+        """
+        mine = self.database.identity
+        if (found := self.blobs.claim(mine)) != mine:
+            raise RegistryError(
+                f"the files at {self.location} are of the registry {found[:8]}, the database "
+                f"{self.database.engine.url} is of {mine[:8]}; give the registry_database that goes with the registry"
+            )
 
     def find(self, reference: str) -> Version:
         """The version that a reference names (see :mod:`lorafleet.registry.names`).
@@ -140,22 +169,7 @@ class Registry:
         Raises:
             RegistryError: A file is missing or damaged.
         """
-        final = self.folders / version.revision
-        if final.is_dir():
-            return final
-        partial = self.folders / f".{version.revision[:16]}.{secrets.token_hex(4)}.tmp"
-        try:
-            partial.mkdir(parents=True)
-            for path, digest in version.files.items():
-                self.blobs.place(digest, partial / path)
-            sync_folder(partial)
-            partial.rename(final)
-        except OSError as error:
-            if not final.is_dir():  # else another process was first
-                raise RegistryError(f"cannot lay out {version.label} in {final}: {error.strerror or error}") from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-        return final
+        return self.folders.lay_out(version)
 
     def share(self, version: Version, folder: Path) -> None:
         """Let a version's files and those of the folder it was added from be the same on disk, where that can be."""
@@ -212,18 +226,16 @@ def _own_database(location: str, local: Path | None, create: bool) -> Path:
 
     Raises:
         ConfigError: It is in an object store, which can hold none.
-        RegistryError: There is none, or no folder can be made.
+        RegistryError: No folder can be made.
     """
     if local is None:
         raise ConfigError(f"the registry {location} needs registry_database as well: an object store holds files only")
-    path = local / _DATABASE
-    if not create and not path.exists():
-        raise RegistryError(f"there is no registry at {local}; `lorafleet adapters add` starts one")
     try:
-        local.mkdir(parents=True, exist_ok=True)
+        if create:
+            local.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RegistryError(f"cannot start a registry at {local}: {error.strerror or error}") from error
-    return path
+    return local / _DATABASE
 
 
 def _judge(
@@ -233,15 +245,20 @@ def _judge(
     scores: Mapping[str, float],
     tags: Sequence[str],
     rejected: str | None,
+    again: bool,
 ) -> int:
-    """The version of a revision under a name, made or judged anew."""
+    """The version of a revision under a name, made, or judged anew where ``again`` says so."""
     mine = (versions.c.name == name) & (versions.c.revision == revision)
     found = connection.execute(select(versions).where(mine)).mappings().first()
     if found is None:
         number = queries.next_number(connection, name)
         row = {"name": name, "number": number, "revision": revision, "rejected": rejected, "scores": dict(scores)}
         connection.execute(insert(versions).values(sealed(row | {"tags": list(tags), "created": _now()})))
+        connection.execute(delete(names).where(names.c.name == name))
+        connection.execute(insert(names).values(sealed({"name": name, "newest": number})))
         return number
+    if not again:
+        return int(found["number"])
     pointing = queries.aliases_of(connection, name).get(found["number"], [])
     if rejected is not None and pointing:
         raise RegistryError(

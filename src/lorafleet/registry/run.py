@@ -19,6 +19,7 @@ from lorafleet.config.registry import (
 from lorafleet.errors import ConfigError
 from lorafleet.registry import archive, upkeep
 from lorafleet.registry.difference import Difference, differences
+from lorafleet.registry.names import name_fault
 from lorafleet.registry.registry import Registry
 from lorafleet.registry.version import Move, Version
 
@@ -69,7 +70,10 @@ def list_versions(name: str | None = None, /, **knobs: Any) -> Versions:
     where, what = load_sections((RegistryConfig, ListConfig), None, knobs)
     registry = _open(where)
     if name is not None:
-        registry.find(name)  # a name that is not there has a nearest one to offer
+        if fault := name_fault(name):
+            raise ConfigError(f"{fault}; `lorafleet adapters show` takes a version")
+        if not registry.versions(name):
+            registry.find(name)  # a name that is not there has a nearest one to offer
     return Versions(tuple(registry.versions(name, what.tag)))
 
 

@@ -4,6 +4,8 @@ revisions   what was added, once: its files by hash, where it came from
 versions    name:1, name:2 …: a revision under a name, whether it passed, its scores and tags
 aliases     name@prod: which version that is now
 moves       every promotion and rollback, in order; never changed
+names       the newest number that a name ever had: none is given twice
+registry    an id that the files carry too, lest they be taken for another registry's
 """
 
 from collections.abc import Mapping
@@ -26,7 +28,7 @@ from sqlalchemy import (
 from lorafleet.models.digest import sha256_json
 from lorafleet.registry.names import LONGEST
 
-HEAD = "0001"
+HEAD = "0002"
 """The newest migration."""
 
 metadata = MetaData()
@@ -71,6 +73,19 @@ moves = Table(
     Column("before", Integer),
     Column("after", Integer, nullable=False),
     Column("moved", String(32), nullable=False),
+    Column("digest", String(64), nullable=False),
+)
+names = Table(
+    "names",
+    metadata,
+    Column("name", String(LONGEST), primary_key=True),
+    Column("newest", Integer, nullable=False),
+    Column("digest", String(64), nullable=False),
+)
+registry = Table(
+    "registry",
+    metadata,
+    Column("identity", String(32), primary_key=True),
     Column("digest", String(64), nullable=False),
 )
 

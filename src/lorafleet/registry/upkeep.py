@@ -1,26 +1,23 @@
 """Looking after a registry: is every bit as it was written, and what may be deleted."""
 
 import re
-import shutil
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, delete, select
+from sqlalchemy import Connection, RowMapping, Table, and_, delete, select
+from sqlalchemy.exc import DBAPIError
 
 from lorafleet.errors import RegistryError, raise_all
 from lorafleet.pace import Pace
 from lorafleet.registry import queries
-from lorafleet.registry.blobs import LocalBlobs
+from lorafleet.registry.blobs import ABANDONED_SECONDS, LocalBlobs
 from lorafleet.registry.contents import revision_of
 from lorafleet.registry.names import parse_reference
 from lorafleet.registry.registry import Registry
 from lorafleet.registry.tables import aliases, is_whole, metadata, revisions, versions
 from lorafleet.registry.version import Version, promoted
-
-_ABANDONED_SECONDS = 24 * 3600
-"""A temporary file this old is nobody's any more: its writer was killed."""
 
 
 @dataclass(frozen=True)
@@ -78,36 +75,68 @@ def verify(registry: Registry) -> VerifyResult:
         RegistryError: Anything is missing or not as it was written; all of it is listed.
     """
     with registry.database.reading() as connection:
-        rows = {
-            table.name: connection.execute(select(table).order_by(*table.primary_key)).mappings().all()
-            for table in metadata.sorted_tables
-        }
-    faults = [
+        faults = registry.database.faults(connection)
+        rows = {table.name: _rows(connection, table, faults) for table in metadata.sorted_tables}
+    faults += [
         f"the row {_key(row)} of {name} was changed" for name in rows for row in rows[name] if not is_whole(dict(row))
     ]
     for row in rows["revisions"]:
         if revision_of(row["files"]) != row["revision"]:
             faults.append(f"the revision {row['revision'][:12]}… does not have the files it is named by")
     faults += _wrong_aliases(rows["aliases"], rows["moves"])
-    sizes, wanted = registry.blobs.sizes(), dict[str, str]()
-    for row in rows["revisions"]:
-        wanted |= {digest: f"{path} of revision {row['revision'][:12]}…" for path, digest in row["files"].items()}
-    pace = Pace("files read", len(wanted))
-    for digest, what in wanted.items():
-        try:
-            registry.blobs.read(digest)
-        except RegistryError as error:
-            faults.append(f"{what}: {error}")
-        pace.add(1)
+    newest = {row["name"]: row["newest"] for row in rows["names"]}
+    faults += [
+        f"the names do not know {row['name']}:{row['number']}, so its number could be given again"
+        for row in rows["versions"]
+        if row["number"] > newest.get(row["name"], 0)
+    ]
+    files = {row["revision"]: row["files"] for row in rows["revisions"]}
+    wanted = {
+        digest: f"{path} of revision {revision[:12]}…" for revision in files for path, digest in files[revision].items()
+    }
+    unused = len(registry.blobs.sizes().keys() - wanted.keys())
+    read, damaged = _read(registry, wanted)
+    faults += damaged
+    faults += registry.folders.faults(files)
     raise_all(RegistryError, faults, f"the registry {registry.location} is damaged")
     return VerifyResult(
         revisions=len(rows["revisions"]),
         versions=len(rows["versions"]),
         aliases=len(rows["aliases"]),
         files=len(wanted),
-        bytes=sum(sizes[digest] for digest in wanted),
-        unused=len(sizes.keys() - wanted.keys()),
+        bytes=read,
+        unused=unused,
     )
+
+
+def _read(registry: Registry, wanted: Mapping[str, str]) -> tuple[int, list[str]]:
+    """Read files, of which it is said what they are; how many bytes, and what is wrong with them."""
+    count, faults, pace = 0, {}, Pace("files read", len(wanted))
+    for digest, what in wanted.items():
+        try:
+            count += len(registry.blobs.read(digest))
+        except RegistryError as error:
+            faults[digest] = f"{what}: {error}"
+        pace.add(1)
+    with registry.database.reading() as connection:  # a gc may have taken some meanwhile, with their revisions
+        rows = _rows(connection, revisions, []) if faults else []
+    still = {digest for row in rows for digest in row["files"].values()}
+    return count, [fault for digest, fault in faults.items() if digest in still]
+
+
+def _rows(connection: Connection, table: Table, faults: list[str]) -> Sequence[RowMapping]:
+    """All rows of a table that can be read; of the others a fault is noted."""
+    try:
+        return connection.execute(select(table).order_by(*table.primary_key)).mappings().all()
+    except (ValueError, DBAPIError):  # JSON or text that is none any more: row by row to find out where
+        rows: list[RowMapping] = []
+    for key in connection.execute(select(*table.primary_key)).all():
+        mine = and_(*(column == value for column, value in zip(table.primary_key, key, strict=True)))
+        try:
+            rows += connection.execute(select(table).where(mine)).mappings().all()
+        except (ValueError, DBAPIError) as error:
+            faults.append(f"the row {':'.join(map(str, key))} of {table.name} was changed and cannot be read: {error}")
+    return rows
 
 
 def gc(
@@ -128,27 +157,28 @@ def gc(
         RegistryError: A version that is named does not exist or is needed by an alias; then nothing is deleted.
     """
     named = [parse_reference(reference) for reference in references]
+    registry.check_files()
     with registry.database.writing() as connection:
         wanted = {version.label for version in (queries.find(connection, one) for one in named)}
         needed = _needed(connection)
         faults = [f"{label} is needed by {needed[label]}" for label in sorted(wanted & needed.keys())]
         raise_all(RegistryError, faults, "nothing was deleted")
         every = queries.every_version(connection)
-        doomed = [one for one in every if one.label in wanted | (_old(every, keep) - needed.keys())]
-        for one in doomed:
-            mine = (versions.c.name == one.name) & (versions.c.number == one.number)
-            connection.execute(delete(versions).where(mine))
-        kept = {one.revision for one in every if one not in doomed}
-        unused = [r for r in connection.scalars(select(revisions.c.revision)) if r not in kept]
-        if unused:
-            connection.execute(delete(revisions).where(revisions.c.revision.in_(unused)))
+        labels = wanted | (_old(every, keep) - needed.keys())
+        for one in every:
+            if one.label in labels:
+                mine = (versions.c.name == one.name) & (versions.c.number == one.number)
+                connection.execute(delete(versions).where(mine))
+        orphaned = revisions.c.revision.not_in(select(versions.c.revision))
+        unused = connection.scalars(select(revisions.c.revision).where(orphaned)).all()
+        connection.execute(delete(revisions).where(orphaned))
         files = _files_without_revision(registry, connection)
         if dry_run:
             connection.rollback()
     if not dry_run:
-        files = _delete_files(registry, unused)
-    labels = tuple(one.label for one in doomed)
-    return GcResult(labels, tuple(unused), len(files), sum(files.values()), dry_run)
+        files = _delete_files(registry)
+    doomed = tuple(one.label for one in every if one.label in labels)
+    return GcResult(doomed, tuple(unused), len(files), sum(files.values()), dry_run)
 
 
 def _old(every: Iterable[Version], keep: int | None) -> set[str]:
@@ -179,16 +209,15 @@ def _may_go(registry: Registry, name: str, used: Collection[str]) -> bool:
     if not isinstance(registry.blobs, LocalBlobs) or not name.endswith(".tmp"):
         return False
     try:
-        return time.time() - (registry.blobs.folder / name).stat().st_mtime > _ABANDONED_SECONDS
+        return time.time() - (registry.blobs.folder / name).stat().st_mtime > ABANDONED_SECONDS
     except FileNotFoundError:
         return False
 
 
-def _delete_files(registry: Registry, gone: Iterable[str]) -> dict[str, int]:
+def _delete_files(registry: Registry) -> dict[str, int]:
     """Delete what no revision has, while nobody can add one that does."""
-    for revision in gone:
-        shutil.rmtree(registry.folders / revision, ignore_errors=True)
     with registry.database.writing() as connection:
+        registry.folders.sweep(set(connection.scalars(select(revisions.c.revision))))
         files = _files_without_revision(registry, connection)
         for name in files:
             registry.blobs.delete(name)
@@ -196,7 +225,7 @@ def _delete_files(registry: Registry, gone: Iterable[str]) -> dict[str, int]:
 
 
 def _key(row: RowMapping) -> str:
-    return ":".join(str(row[key]) for key in ("name", "alias", "number", "revision", "id") if key in row)
+    return ":".join(str(row[key]) for key in ("name", "alias", "number", "revision", "id", "identity") if key in row)
 
 
 def _wrong_aliases(pointing: Iterable[RowMapping], moved: Iterable[RowMapping]) -> list[str]:

@@ -1,6 +1,6 @@
 """An adapter by its name in the registry, wherever a folder is taken."""
 
-from pathlib import Path
+import os
 
 from lorafleet.config.registry import RegistryConfig
 from lorafleet.config.use import AdapterConfig
@@ -11,7 +11,7 @@ from lorafleet.registry.registry import Registry
 
 def names_folder(text: str) -> bool:
     """Whether an adapter is meant by its folder: one that is there, or whatever looks like a path."""
-    return Path(text).is_dir() or text.startswith((".", "~")) or "/" in text or "\\" in text
+    return os.path.isdir(text) or text.startswith((".", "~")) or "/" in text or "\\" in text
 
 
 def located(config: AdapterConfig, registry: RegistryConfig) -> AdapterConfig:
