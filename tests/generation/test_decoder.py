@@ -146,6 +146,28 @@ def test_one_adapter_whose_logits_are_no_numbers_fails_alone() -> None:
         assert torch.allclose(torch.stack(request.logits), one, rtol=1e-9)
 
 
+def test_what_a_request_given_up_has_read_reaches_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "STEP_TOKENS", 3)
+    base = tiny_base()
+    bank = trained_bank(base)
+    long, later = Recorded(PROMPTS[1], -1, range(7, 17)), Recorded(PROMPTS[2], -1, [7, 8])
+    wanted = [solo(base, bank, request) for request in (long, later)]
+    next(iter(bank.slot_parameters(0).values())).value.fill_(torch.nan)
+    decoder = Decoder(base, bank, 2)
+    decoder.submit(long)
+    while not long.answer:
+        decoder.step()
+    sick = Recorded(PROMPTS[1], 0, [7])
+    decoder.submit(sick)
+    decoder.step()  # reads the beginning of its prompt, which is not judged yet
+    decoder.cancel(sick)
+    decoder.submit(later)  # takes its row, and stands beside a longer one
+    while decoder.busy:
+        decoder.step()
+    for request, one in zip((long, later), wanted, strict=True):
+        assert torch.allclose(torch.stack(request.logits), one, rtol=1e-9)
+
+
 def test_a_merged_adapter_answers_as_before() -> None:
     base = tiny_base()
     bank = trained_bank(base)

@@ -163,6 +163,65 @@ def test_load_lists_every_fault() -> None:
         bank.load_state_dict(0, {**bank.state_dict(0), name.replace("lora_A", "lora_C"): torch.zeros(1, 1)})
 
 
+SAVES_HEAD = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+TARGETS_HEAD = LoraConfig(r=3, target_modules=["q_proj", "k_proj", "lm_head"])
+NARROW = LoraConfig(r=1, target_modules=["q_proj", "v_proj"])
+
+
+def trained(config: LoraConfig, arch: str = "llama") -> dict[str, Tensor]:
+    """Tensors of an adapter as a file has them."""
+    bank = inject_lora(tiny_model(arch), config)
+    fill(bank, 0)
+    return bank.state_dict(0)
+
+
+def test_an_adapter_that_is_refused_leaves_nothing_in_its_slot() -> None:
+    model = tiny_model("llama")
+    before = logits(model)
+    bank = LoraBank(model, 2)
+    bank.load(0, SAVES_HEAD, trained(SAVES_HEAD))
+    with pytest.raises(AdapterError, match="lm_head is in modules_to_save of another slot"):
+        bank.load(1, TARGETS_HEAD, trained(TARGETS_HEAD))
+    with pytest.raises(AdapterError, match="lm_head is in modules_to_save of another slot"):
+        bank.add(TARGETS_HEAD, slot=1)
+    bank.load(1, NARROW, trained(NARROW))
+    assert bank.state_dict(1).keys() == trained(NARROW).keys()
+    # Once the adapter with a copy of the head has left, the other may come.
+    bank.remove(0)
+    bank.load(0, TARGETS_HEAD, trained(TARGETS_HEAD))
+    with bank.route(Routing((0,), (24,))):
+        found = logits(model)
+    alone = tiny_model("llama")
+    LoraBank(alone, 1).load(0, TARGETS_HEAD, trained(TARGETS_HEAD))
+    torch.testing.assert_close(found, logits(alone), rtol=1e-6, atol=1e-6)
+    with bank.disabled():
+        assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize(
+    ("place", "error"),
+    [
+        ("lorafleet.lora.layer.LoraLinear.train_bias", MemoryError),  # by then A, B and the head are there
+        ("lorafleet.lora.saved.SlotModule.add", KeyboardInterrupt),
+        ("lorafleet.lora.bank.fill", torch.OutOfMemoryError),
+    ],
+)
+def test_an_entry_that_breaks_off_leaves_its_slot_free(
+    place: str, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: object) -> None:
+        raise error
+
+    wide = LoraConfig(r=4, bias="all", modules_to_save=["lm_head"])
+    bank, tensors = LoraBank(tiny_model("qwen2"), 1), trained(wide, "qwen2")
+    with monkeypatch.context() as patched:
+        patched.setattr(place, broken)
+        with pytest.raises(error):
+            bank.load(0, wide, tensors)
+    assert bank.configs == [None]
+    bank.load(0, NARROW, trained(NARROW, "qwen2"))
+
+
 def test_wrapping_twice_is_an_error() -> None:
     model = tiny_model("llama")
     bank = inject_lora(model, LoraConfig())

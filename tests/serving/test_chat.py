@@ -98,6 +98,14 @@ def test_lines_of_a_file(talk: Talk) -> None:
     assert code == 0 and answers == [["a0:1"], ["a1:1"], [None, "a0:1"]]
 
 
+@pytest.mark.parametrize("text", ["what's new", "don't and can't", 'say "x"  twice', "a \\ b # c"])
+def test_the_text_to_compare_stays_as_it_is(talk: Talk, text: str) -> None:
+    code, out, err = talk(f"/compare 'a0'  \"a1\" {text}\n", "--json")
+    assert code == 0, err
+    (turn,) = json.loads(out)["turns"]
+    assert turn["question"] == text and [reply["adapter"] for reply in turn["answers"]] == ["a0:1", "a1:1"]
+
+
 @pytest.mark.parametrize(
     ("lines", "exit_code", "said"),
     [

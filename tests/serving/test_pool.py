@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from lorafleet.errors import AdapterError, ConfigError
+from lorafleet.files.adapter import Adapter
+from lorafleet.serving import residents
 from lorafleet.serving.pool import AdapterPool, Ticket
 from tests.serving.fleet import TinyFleet, write_adapter
 
@@ -140,6 +142,85 @@ def test_a_request_can_be_given_up(fleet: TinyFleet) -> None:
     run(pool, [second])
     assert pool.reply(second) == fleet.pool().generate(["hello"], "a1", max_new_tokens=3)[0]
     assert not any(resident.users for resident in pool.residents)
+
+
+def test_one_given_up_is_done(fleet: TinyFleet) -> None:
+    pool = fleet.pool(max_requests=1)
+    running, waiting = (pool.submit("hello", "a0", max_new_tokens=5) for _ in range(2))
+    pool.step()
+    for ticket in (running, waiting):
+        pool.cancel(ticket)
+        assert ticket.done and ticket.request.error is None
+    assert len(running.request.answer) == 1 and not pool.reply(running).complete
+
+
+def test_a_callback_that_raises_ends_its_own_request(fleet: TinyFleet) -> None:
+    def broken(text: str) -> None:
+        raise BrokenPipeError("the reader has gone")
+
+    pool, names = fleet.pool(), ["a0", "a1", "a2", "a3"]
+    alone = [pool.generate(["hello there"], name, max_new_tokens=6)[0] for name in names]
+    calls = [None, broken, None, broken]
+    tickets = [
+        pool.submit("hello there", name, on_text=call, max_new_tokens=6)
+        for name, call in zip(names, calls, strict=True)
+    ]
+    run(pool, tickets)
+    for ticket, whole, call in zip(tickets, alone, calls, strict=True):
+        if call is None:
+            assert pool.reply(ticket) == whole
+        else:
+            assert isinstance(ticket.request.error, BrokenPipeError)
+    with pytest.raises(BrokenPipeError, match="the reader has gone"):
+        pool.generate(["hello there"], "a1", on_text=broken, max_new_tokens=6)
+    assert not pool._decoder.busy and not any(resident.users for resident in pool.residents)
+
+
+def test_a_callback_may_give_up_another_request(fleet: TinyFleet) -> None:
+    pool = fleet.pool()
+    tickets: list[Ticket] = []
+    for name, call in (("a0", lambda _: pool.cancel(tickets[1])), ("a1", None), ("a2", None)):
+        tickets.append(pool.submit("hello there", name, on_text=call, max_new_tokens=6))
+    run(pool, tickets)
+    alone = pool.generate(["hello there"] * 2, ["a0", "a2"], max_new_tokens=6)
+    assert [pool.reply(tickets[0]), pool.reply(tickets[2])] == alone
+    assert len(tickets[1].request.answer) < 6 and not any(resident.users for resident in pool.residents)
+
+
+@pytest.mark.parametrize("error", [PermissionError("adapter_config.json"), torch.OutOfMemoryError("no room")])
+def test_an_adapter_that_cannot_be_brought_in_fails_its_own_request(
+    fleet: TinyFleet, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool, read = fleet.pool(), residents.load_adapter
+    alone = pool.generate(["hello"] * 2, ["a0", "a2"], max_new_tokens=3)
+    pool.evict("a2")
+
+    def load(folder: Path) -> Adapter:
+        if folder == pool.source.find("a1").folder:
+            raise error
+        return read(folder)
+
+    monkeypatch.setattr(residents, "load_adapter", load)
+    tickets = [pool.submit("hello", name, max_new_tokens=3) for name in ("a0", "a1", "a2")]
+    assert tickets[1] in pool.step() and tickets[1].request.error is error
+    run(pool, tickets)
+    assert [pool.reply(tickets[0]), pool.reply(tickets[2])] == alone
+
+
+def test_an_interrupted_load_loses_no_request(fleet: TinyFleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(folder: Path) -> Adapter:
+        raise KeyboardInterrupt
+
+    pool = fleet.pool()
+    tickets = [pool.submit("hello", name, max_new_tokens=3) for name in ("a0", "a1", "a2")]
+    with monkeypatch.context() as patched:
+        patched.setattr(residents, "load_adapter", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pool.step()
+    run(pool, tickets)
+    assert [pool.reply(ticket) for ticket in tickets] == fleet.pool().generate(
+        ["hello"] * 3, ["a0", "a1", "a2"], max_new_tokens=3
+    )
 
 
 def test_another_bases_adapter_is_refused_with_both_hashes(fleet: TinyFleet, tmp_path: Path) -> None:

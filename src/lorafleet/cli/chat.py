@@ -5,6 +5,7 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,13 +144,18 @@ def _obey(line: str, talk: "Chat", result: ChatResult, on_text: Callable[[str], 
 
 
 def _compared(rest: str) -> tuple[list[str], str | None]:
+    """The two names, quoted as in a shell where they have spaces, and the text behind them as it is."""
+    line = StringIO(rest)
+    words = shlex.shlex(line, posix=True)
+    words.whitespace_split, words.commenters = True, ""
     try:
-        words = shlex.split(rest)
+        names = [word for _ in range(2) if (word := words.get_token()) is not None]
     except ValueError as error:
-        raise ConfigError(f"/compare {rest}: {error}") from error
-    if len(words) < 2:
+        remedy = "put a name with a space or a quotation mark in quotes"
+        raise ConfigError(f"/compare {rest}: {error}; {remedy}") from error
+    if len(names) < 2:
         raise ConfigError("/compare takes two adapters: /compare A B, or /compare A B TEXT; base is the bare base")
-    return words[:2], " ".join(words[2:]) or None
+    return names, line.read().strip() or None
 
 
 def _record(result: ChatResult, question: str, replies: "list[Reply]") -> None:

@@ -137,6 +137,7 @@ class Decoder:
         for row in self.rows:
             if row.request is request:
                 row.request, row.ids = None, []
+                self.cache.clear(row.number)  # nobody has looked yet whether what it has read is numbers
 
     def forget(self, owner: Hashable) -> None:
         """Let nobody go on from what has been read for this owner, who has changed."""
@@ -167,11 +168,12 @@ class Decoder:
         best, tokens = (found.tolist() for found in logits.max(dim=1))  # not a number if any of them is none
         for number, row in ready:
             request = row.request
-            assert request is not None
+            if request is None:  # the callback of one before it has given it up
+                continue
             try:
                 greedy = request.greedy and not isnan(best[number])
                 request.take(tokens[number] if greedy else request.choose(logits[number]))
-            except ModelError as error:
+            except Exception as error:  # of its logits or its caller's callback: told to its caller, the others go on
                 request.fail(error)
 
     def _leave(self, row: _Row) -> Request | None:

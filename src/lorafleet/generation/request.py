@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from lorafleet.config.use import GenerationConfig
-from lorafleet.errors import LorafleetError
 from lorafleet.generation.sampling import processors
 from lorafleet.generation.streaming import TextPieces
 
@@ -29,7 +28,7 @@ class Request:
         answer: New tokens, without the one that ended it.
         complete: Whether the model ended the answer; false where ``max_new_tokens`` cut it.
         done: Whether nothing more will come.
-        error: Why there is no whole answer.
+        error: Why there is no whole answer; also what the receiver of its text has raised.
     """
 
     def __init__(
@@ -49,7 +48,7 @@ class Request:
         self._processors = processors(config, [0], [key])
         self.answer: list[int] = []
         self.complete = self.done = False
-        self.error: LorafleetError | None = None
+        self.error: Exception | None = None
 
     @property
     def longest(self) -> int:
@@ -77,6 +76,6 @@ class Request:
         if self.done and self.pieces is not None:
             self.pieces.end()
 
-    def fail(self, error: LorafleetError) -> None:
+    def fail(self, error: Exception) -> None:
         """Give up."""
         self.error, self.done = error, True

@@ -113,12 +113,16 @@ class LoraBank:
             with self._base_view():
                 saved = find_saved(self.model, config)
         self._reserve(slot + 1)
-        for path in targets:
-            self._fill_layer(path, slot, config, seed)
-        for path in saved:
-            self._fill_saved(path, slot)
-        if config.bias != "none":
-            self._fill_biases(slot, config)
+        try:
+            for path in targets:
+                self._fill_layer(path, slot, config, seed)
+            for path in saved:
+                self._fill_saved(path, slot)
+            if config.bias != "none":
+                self._fill_biases(slot, config)
+        except BaseException:
+            self._clear(slot)  # the slot's next adapter would find what this one has left
+            raise
         self.configs[slot], self._targets[slot] = config, tuple(targets)
         return slot
 
@@ -127,9 +131,12 @@ class LoraBank:
         self._filled(slot)
         if self.router.merged_slot == slot:
             raise AdapterError(f"slot {slot} is merged; unmerge before removing it")
+        self._clear(slot)
+        self.configs[slot], self._targets[slot] = None, ()
+
+    def _clear(self, slot: int) -> None:
         for owner in self._owners():
             owner.clear(slot)
-        self.configs[slot], self._targets[slot] = None, ()
 
     def _filled(self, slot: int) -> LoraConfig:
         config = self.configs[slot] if 0 <= slot < self.num_slots else None
@@ -190,7 +197,10 @@ class LoraBank:
         if path not in self.layers:
             base = self.model.get_submodule(path)
             if isinstance(base, SlotModule):
-                raise AdapterError(f"{path} is in modules_to_save of another slot; an adapter cannot target it too")
+                if base.copies:
+                    raise AdapterError(f"{path} is in modules_to_save of another slot; an adapter cannot target it too")
+                base = self.saved.pop(path).original  # the last adapter with a copy has left
+                self._place(path, base)
             layer = LoraLinear(base, self.num_slots, rank, self.router, path_key(path))
             layer.train(base.training)
             self.layers[path] = layer
@@ -257,7 +267,7 @@ class LoraBank:
         self._enter(config, slot, None)
         try:
             self.load_state_dict(slot, tensors)
-        except AdapterError:
+        except BaseException:
             self.remove(slot)
             raise
 

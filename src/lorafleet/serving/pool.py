@@ -158,7 +158,7 @@ class AdapterPool:
             adapters: For each prompt a name, alias or folder, none for :attr:`default`, ``"base"`` for the base; or one
                 for all.
             system_prompt: For prompts without one; an adapter's own when not given.
-            on_text: Called with each piece of text; for a single prompt.
+            on_text: Called with each piece of text; for a single prompt. What it raises ends that answer.
             knobs: Those of :class:`~lorafleet.config.use.GenerationConfig`.
 
         Raises:
@@ -210,12 +210,13 @@ class AdapterPool:
         return [*failed, *done]
 
     def cancel(self, ticket: Ticket) -> None:
-        """Give a request up."""
+        """Give a request up: it is done, with what has been answered so far."""
         if ticket in self._waiting:
             self._waiting.remove(ticket)
         elif self._running.pop(ticket.request, None) is not None:
             self._decoder.cancel(ticket.request)
             self._release(ticket)
+        ticket.request.done = True
 
     def reply(self, ticket: Ticket) -> Reply:
         """What has been answered so far."""
@@ -274,21 +275,24 @@ class AdapterPool:
         for resident in self.residents:
             resident.leaving = False
         room, kept, failed, blocked = self._decoder.free, deque[Ticket](), [], False
-        while self._waiting and room:
-            ticket = self._waiting.popleft()
-            there = ticket.found is None or ticket.found in self._residents
-            try:
-                entered = (there or not blocked) and self._enter(ticket)
-            except LorafleetError as error:
-                ticket.request.fail(error)
-                failed.append(ticket)
-                continue
-            if entered:
-                room -= 1
-            else:
-                blocked = blocked or not there
+        try:
+            while self._waiting and room:
+                ticket = self._waiting.popleft()
                 kept.append(ticket)
-        self._waiting.extendleft(reversed(kept))
+                there = ticket.found is None or ticket.found in self._residents
+                try:
+                    entered = (there or not blocked) and self._enter(ticket)
+                except Exception as error:  # of its files, or of memory: told to its caller, the others go on
+                    ticket.request.fail(error)
+                    failed.append(kept.pop())
+                    continue
+                if entered:
+                    kept.pop()
+                    room -= 1
+                else:
+                    blocked = blocked or not there
+        finally:  # an interrupted load loses nobody
+            self._waiting.extendleft(reversed(kept))
         return failed
 
     def _enter(self, ticket: Ticket) -> bool:
