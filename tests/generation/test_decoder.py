@@ -13,6 +13,7 @@ from lorafleet.generation.decode import generate_ids
 from lorafleet.generation.decoder import Decoder
 from lorafleet.generation.request import Request
 from lorafleet.lora import LoraBank, Routing
+from lorafleet.models.cached_attention import KeyValueCache
 from lorafleet.models.load import Base
 from tests.generation.tiny_bank import tiny_base, trained_bank
 from tests.tiny import ARCHITECTURES
@@ -187,3 +188,31 @@ def test_models_outside_the_attention_interface_are_told_apart() -> None:
     assert not Decoder.fits(base, None)
     with pytest.raises(ModelError, match="cannot be decoded in flat batches"):
         Decoder(base, None, 2)
+
+
+def test_an_answer_for_which_memory_ends_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_FIRST_CAPACITY", 12)
+    base = tiny_base("llama")
+    bank = trained_bank(base)
+    decoder = Decoder(base, bank, 3)
+    long, before, behind = (Recorded([5, 9, 7], 0, [11] * count) for count in (40, 8, 12))
+    decoder.submit(before)
+    decoder.step()
+    longer, left = KeyValueCache._longer, [1, 1, 1]
+
+    def scarce(tensor: Tensor, capacity: int) -> Tensor:
+        if not left:
+            raise MemoryError("no memory for keys and values")
+        left.pop()
+        return longer(tensor, capacity)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(KeyValueCache, "_longer", staticmethod(scarce))
+        decoder.submit(long)
+        assert decoder.step() == [long]
+    assert isinstance(long.error, MemoryError)
+    decoder.submit(behind)  # whose keys and values need less than the layers that had grown already
+    while decoder.busy:
+        decoder.step()
+    for request in (before, behind):
+        torch.testing.assert_close(torch.stack(request.logits), solo(base, bank, request), atol=1e-4, rtol=1e-4)

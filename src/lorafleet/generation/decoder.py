@@ -151,10 +151,10 @@ class Decoder:
         Returns:
             The requests that are done.
         """
-        self._admit()
+        failed = self._admit()
         turns = self._turns()
         if not turns:
-            return []
+            return failed
         logits = self._logits(turns)
         ready: list[tuple[int, _Row]] = []  # those whose prompt has been read to its end
         for number, (row, ids) in enumerate(turns):
@@ -162,7 +162,7 @@ class Decoder:
             if row.request is not None and len(row.ids) == len(row.request.prompt) + len(row.request.answer):
                 ready.append((number, row))
         self._choose(logits, ready)
-        return [request for _, row in ready if (request := self._leave(row)) is not None]
+        return failed + [request for _, row in ready if (request := self._leave(row)) is not None]
 
     def _choose(self, logits: Tensor, ready: list[tuple[int, _Row]]) -> None:
         best, tokens = (found.tolist() for found in logits.max(dim=1))  # not a number if any of them is none
@@ -187,18 +187,26 @@ class Decoder:
         row.request = None
         return request
 
-    def _admit(self) -> None:
-        """Give waiting requests the free rows: one that has read the beginning already, else the first."""
-        while self.waiting:
-            free = [row for row in self.rows if row.request is None]
-            if not free:
-                return
+    def _admit(self) -> list[Request]:
+        """Give waiting requests the free rows: one that has read the beginning already, else the first.
+
+        Returns:
+            Those for whose keys and values there is no memory.
+        """
+        failed = []
+        while self.waiting and (free := [row for row in self.rows if row.request is None]):
             request = self.waiting.popleft()
+            try:
+                if request.longest > self.cache.capacity:
+                    self.cache.grow(max(request.longest, 2 * self.cache.capacity))
+            except (MemoryError, RuntimeError) as error:  # torch's for a CPU is a bare RuntimeError
+                request.fail(error)
+                failed.append(request)
+                continue
             row = max(free, key=lambda row: (row.common(request), -row.number))
             row.ids = row.ids[: row.common(request)]
             row.owner, row.request = request.owner, request
-            if request.longest > self.cache.capacity:
-                self.cache.grow(max(request.longest, 2 * self.cache.capacity))
+        return failed
 
     def _turns(self) -> list[tuple[_Row, list[int]]]:
         """Each row and the tokens it reads in this step: single ones first, those of one slot side by side."""

@@ -25,7 +25,7 @@ class KeyValueCache:
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def grow(self, capacity: int) -> None:
-        """Make room for longer sequences; what is there is kept."""
+        """Make room for longer sequences; what is there is kept, also where memory ends in the middle."""
         if capacity <= self.capacity:
             return
         for number, both in self.layers.items():
@@ -38,9 +38,12 @@ class KeyValueCache:
             for tensor in both:
                 tensor[row] = 0
 
-    def _longer(self, tensor: Tensor, capacity: int) -> Tensor:
+    @staticmethod
+    def _longer(tensor: Tensor, capacity: int) -> Tensor:
+        if tensor.shape[2] >= capacity:  # it had grown when memory ended
+            return tensor
         longer = tensor.new_zeros((*tensor.shape[:2], capacity, tensor.shape[3]))
-        longer[:, :, : self.capacity] = tensor
+        longer[:, :, : tensor.shape[2]] = tensor
         return longer
 
     def layer(self, number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
