@@ -99,11 +99,15 @@ def test_clearing_deletes_what_runs_write_and_nothing_else(tmp_path: Path) -> No
         (tmp_path / name).write_text("old")
     checkpoint(tmp_path, 3)
     (tmp_path / "data").mkdir()
+    for name in ("combined/cat/lorafleet.json", "combined/mine/notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("{}")
     with open_run(tmp_path, overwrite=True) as start:
         assert start is None
         assert (tmp_path / "checkpoint-3").is_dir() and (tmp_path / SETTINGS).is_file()
         clear_run(tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} - {".lorafleet.lock"} == {"mine.txt", "data"}
+    assert {p.name for p in tmp_path.iterdir()} - {".lorafleet.lock"} == {"mine.txt", "data", "combined"}
+    assert [path.name for path in (tmp_path / "combined").iterdir()] == ["mine"]
 
 
 def test_clearing_keeps_the_checkpoint_that_the_run_starts_from(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A gate lets through what reaches its limits and beats its rivals by more than chance."""
 
+import math
 from typing import Any
 
 import pytest
@@ -68,3 +69,42 @@ def test_a_stricter_level_lets_less_through() -> None:
     given = evidence(rows=rows)  # of 14 draws none is one of the three in (11 / 14)¹⁴ = 3.4 % of all cases
     assert failures(GateConfig(better_than=["base"], significance=0.2), given) == []
     assert failures(GateConfig(better_than=["base"], significance=0.05), given) != []
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    "gate",
+    [
+        {"not_worse_than": []},
+        {"at_most": {"loss": 1.5}, "not_worse_than": []},
+        {"better_than": ["base"], "metric": "loss"},
+        {"not_worse_than": ["base"], "metric": "loss"},
+    ],
+)
+def test_a_loss_that_is_no_number_passes_nothing(gate: dict[str, Any], value: float) -> None:
+    given = evidence()
+    scores = {**given.scores, "own": given.scores["own"] | {"loss": value}}
+    rows = {**given.rows, "own": given.rows["own"] | {"loss_sum": [value] * 40}}
+    assert failures(GateConfig(**gate), evidence(scores=scores, rows=rows))[0] == f"loss is no number ({value})"
+
+
+def test_a_rival_whose_loss_is_no_number_is_not_beaten() -> None:
+    given = evidence()
+    scores = {**given.scores, "base": given.scores["base"] | {"loss": math.nan}}
+    for rival in ("better_than", "not_worse_than"):
+        gate = GateConfig(**{"not_worse_than": [], rival: ["base"], "metric": "loss"})
+        assert failures(gate, evidence(scores=scores)) == ["no difference to base: loss 1.2500 against nan"]
+
+
+def test_forgetting_that_is_no_number_is_too_much() -> None:
+    found = failures(GateConfig(max_forgetting=0.1), evidence(forgetting=math.nan))
+    assert found == ["the loss on a general text rises by nan, above 0.1"]
+
+
+def test_a_rival_that_could_not_be_asked_is_not_passed_over() -> None:
+    unmet = {"prod": "it is damaged"}
+    for rival in ("better_than", "not_worse_than"):
+        gate = GateConfig(**{"not_worse_than": [], rival: ["prod"]})
+        remedy = "take prod out of the gate to be judged without it"
+        assert failures(gate, evidence(unmet=unmet)) == [f"not compared with prod: it is damaged; {remedy}"]
+    assert failures(GateConfig(), evidence(unmet=unmet)) == [], "this gate does not name it"

@@ -137,6 +137,13 @@ def test_users_with_shared_adapters(place: Path) -> None:
     assert len(found) == 5 and any(name.startswith("cy-7-") for name in found)
 
 
+def test_labels_that_nobody_gave_yet_are_the_authors(place: Path) -> None:
+    users, defaults = {"data": str(place / "users.jsonl")}, KNOBS | {"labels": ["odd", "good"]}
+    fleet(settings(place, "author", users=users, defaults=defaults, keep=False))
+    for name in ("ann", "shared", "shared keyed"):
+        assert load_adapter(place / "author" / "adapters" / name).metadata["labels"] == ["bad", "good", "odd"]
+
+
 def test_a_broken_row_of_one_user_rejects_that_user_alone(place: Path) -> None:
     write(place / "bad.jsonl", [*user_rows({"ann": "good", "bob": "bad"}), {"user": "bob", "text": "no label"}])
     users = {"data": str(place / "bad.jsonl")}

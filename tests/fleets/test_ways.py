@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from lorafleet.config import FleetConfig
 from lorafleet.errors import ConfigError
@@ -54,6 +55,20 @@ def test_every_way_is_measured_on_every_task(place: Path) -> None:  # noqa: F811
     assert "Ways to serve all tasks" in page and "combined by cat" in page
     again = fleet(settings(place, "ways", tasks=two, resume_from_checkpoint=True, **knobs))
     assert again.ways == result.ways
+
+
+def test_a_way_has_the_size_of_its_own_adapter_and_is_made_of_this_run(place: Path) -> None:  # noqa: F811
+    two = {name: tasks(place)[name] | {"r": 4} for name in ("chat", "moods")}
+    knobs = settings(place, "sizes", tasks=two, shared="plain", combine=["cat"], gate={"not_worse_than": []})
+    ways = {way.name: way for way in fleet(knobs).ways}
+    shared, cat = (place / "sizes" / name for name in ("adapters/shared", "combined/cat"))
+    assert ways["one shared adapter"].parameters == sum(one.numel() for one in load_adapter(shared).tensors.values())
+    assert ways["one shared adapter"].bytes == (shared / "adapter_model.safetensors").stat().st_size
+    first = load_adapter(cat).tensors
+    other = {name: task | {"seed": 11} for name, task in two.items()}
+    fleet(knobs | {"tasks": other}, overwrite=True)
+    second = load_adapter(cat).tensors
+    assert any(not torch.equal(first[name], second[name]) for name in first)
 
 
 def test_what_cannot_be_is_told(place: Path) -> None:  # noqa: F811

@@ -157,6 +157,7 @@ def clear_run(output_dir: Path, keep: Path | None = None) -> None:
     for pattern, mark in (
         ("trials/*", MANIFEST),
         ("adapters/*", MANIFEST),
+        ("combined/*", MANIFEST),
         ("best", MANIFEST),
         ("workers/*", METRICS),
         ("model", MANIFEST),

@@ -1,6 +1,5 @@
 """Each adapter beside its rivals on the same held-out rows: the base, the shared adapters, the one now in use."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,6 @@ from lorafleet.models.digest import sha256_file
 from lorafleet.models.load import Base
 from lorafleet.registry.registry import Registry
 
-logger = logging.getLogger(__name__)
-
 _OWN, _SHARED, _KEYED, _PROD = range(4)  # slots
 
 Columns = dict[str, list[Any]]
@@ -36,7 +33,8 @@ class Rivals:
         bank: Its slots, all empty.
         loss_model: The base with these slots.
         batch_size: Rows in a batch.
-        shared: The folders of the shared adapters, plain and keyed; None for one that is not there.
+        shared: The folder of the shared adapter; None where there is none.
+        keyed: That of the shared adapter with keys.
     """
 
     def __init__(
@@ -45,19 +43,28 @@ class Rivals:
         bank: LoraBank,
         loss_model: LossModel,
         batch_size: int,
-        shared: tuple[Path | None, Path | None] = (None, None),
+        shared: Path | None = None,
+        keyed: Path | None = None,
     ) -> None:
         self.base, self.bank, self.loss_model, self.batch_size = base, bank, loss_model, batch_size
-        self.shared = set[int]()
-        for slot, folder in zip((_SHARED, _KEYED), shared, strict=True):
+        self._filled = set[int]()
+        for slot, folder in ((_SHARED, shared), (_KEYED, keyed)):
             if folder is not None:
                 self._fill(slot, load_adapter(folder))
-                self.shared.add(slot)
         self._general: list[TokenRow] | None = None
         self._general_before = 0.0
 
+    def take_prod(self, adapter: Adapter) -> None:
+        """Let the adapter that is in use be a rival of the next one that is compared.
+
+        Raises:
+            AdapterError: It does not fit.
+            ConfigError: Its targets do not fit the base.
+        """
+        self._fill(_PROD, adapter)
+
     def compare(
-        self, member: FleetMember, rows: Sequence[TokenRow], keyed: Data | None, prod: Adapter | None, *, shared: bool
+        self, member: FleetMember, rows: Sequence[TokenRow], keyed: Data | None, *, shared: bool
     ) -> tuple[dict[str, dict[str, float]], dict[str, Columns]]:
         """One adapter and its rivals on the same rows.
 
@@ -65,23 +72,18 @@ class Rivals:
             member: The adapter, trained.
             rows: Its held-out rows.
             keyed: The same rows with its user's key before the prompt.
-            prod: The adapter that has its alias now.
             shared: Whether the shared adapters are its rivals: they know the rows of users, no others.
 
         Returns:
             By whom: the metrics, and each row's share in them.
         """
         self._fill(_OWN, load_adapter(member.folder))
-        if prod is not None:
-            self._fill(_PROD, prod)
         rivals = {"own": _OWN, "base": BASE_ONLY}
-        rivals |= {"shared": _SHARED} if shared and _SHARED in self.shared else {}
-        rivals |= {"prod": _PROD} if prod is not None else {}
+        rivals |= {"shared": _SHARED} if shared and _SHARED in self._filled else {}
+        rivals |= {"prod": _PROD} if _PROD in self._filled else {}
         measured = {who: self._measure(slot, member.data, rows) for who, slot in rivals.items()}
-        if keyed is not None and _KEYED in self.shared:
+        if keyed is not None and _KEYED in self._filled:
             measured["shared keyed"] = self._measure(_KEYED, keyed, sample(keyed.splits["test"], len(rows)))
-        if prod is not None:
-            self.bank.remove(_PROD)
         scores = {who: metrics for who, (metrics, _) in measured.items()}
         columns = {who: shares for who, (_, shares) in measured.items()}
         if member.data.task == "label":
@@ -90,10 +92,11 @@ class Rivals:
 
     def score(self, folder: Path, member: FleetMember, rows: Sequence[TokenRow]) -> dict[str, float]:
         """The metrics of an adapter in a folder on a member's rows."""
-        self._fill(_OWN, load_adapter(folder))
-        scores, _ = self._measure(_OWN, member.data, rows)
-        self.bank.remove(_OWN)
-        return scores
+        try:
+            self._fill(_OWN, load_adapter(folder))
+            return self._measure(_OWN, member.data, rows)[0]
+        finally:
+            self.done()
 
     def forgetting(self) -> float:
         """By how much the loss on a general text has risen for the adapter that was compared last, in nats a token."""
@@ -104,8 +107,10 @@ class Rivals:
         return self._general_loss(_OWN) - self._general_before
 
     def done(self) -> None:
-        """Take the adapter that was compared last out of its slot."""
-        self.bank.remove(_OWN)
+        """Take the adapter that was compared last, and the one in use, out of their slots."""
+        for slot in self._filled & {_OWN, _PROD}:
+            self.bank.remove(slot)
+            self._filled.remove(slot)
 
     def _general_loss(self, slot: int) -> float:
         assert self._general is not None
@@ -119,15 +124,19 @@ class Rivals:
 
     def _fill(self, slot: int, adapter: Adapter) -> None:
         self.bank.reserve([adapter.config], slot + 1)
-        self.bank.add(adapter.config, slot=slot)
-        self.bank.load_state_dict(slot, adapter.tensors)
+        self.bank.load(slot, adapter.config, adapter.tensors)
+        self._filled.add(slot)
         self.bank.eval()
 
 
 def adapter_in_use(registry: Registry | None, member: FleetMember, alias: str, base: Base) -> Adapter | None:
-    """The adapter that a member's alias points at; None where there is none, or none to compare with.
+    """The adapter that a member's alias points at; None where there is none.
 
-    It may be the member's own, where a fleet goes on that was killed after it had moved the alias; or another base's.
+    None too where it is the member's own, as in a fleet that goes on after it had moved the alias.
+
+    Raises:
+        AdapterError: It is damaged, or another base's.
+        RegistryError: The registry cannot be read, or files of it are missing.
     """
     if registry is None:
         return None
@@ -135,14 +144,9 @@ def adapter_in_use(registry: Registry | None, member: FleetMember, alias: str, b
     version = next((one for one in registry.versions(name) if alias in one.aliases), None)
     if version is None or version.files.get(WEIGHTS) == sha256_file(member.folder / WEIGHTS):
         return None
-    try:
-        adapter = load_adapter(registry.folder(version))
-    except AdapterError as error:
-        logger.warning("%s cannot be compared with: %s", version.label, error)
-        return None
-    if faults := mismatches(adapter, base):
-        logger.warning("%s cannot be compared with: %s", version.label, faults[0])
-        return None
+    adapter = load_adapter(registry.folder(version))
+    if mismatches(adapter, base):
+        raise AdapterError(f"{version.label} was trained on another base or tokenizer than that of {base.name}")
     return adapter
 
 

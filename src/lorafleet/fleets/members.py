@@ -2,7 +2,8 @@
 
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from lorafleet.data.store import TokenRow, sample
 from lorafleet.errors import ConfigError, DataError
 from lorafleet.files.adapter import load_adapter
 from lorafleet.fleets.plan import MemberPlan
+from lorafleet.fleets.users import folder_name
 from lorafleet.lora import LoraBank
 from lorafleet.methods.method import Method
 from lorafleet.models.load import Base
@@ -60,6 +62,7 @@ def load_members(
         The members whose rows can be trained and measured, and for the others the reason.
     """
     members, faults = list[FleetMember](), dict[str, str]()
+    alike = Counter(plan.name.lower() for plan in plans)
     for plan in plans:
         try:
             data = load_data(plan.data, tokenizer)
@@ -68,7 +71,8 @@ def load_members(
             split = next((name for name in ("test", "valid") if len(data.splits.get(name, ()))), None)
             if split is None:
                 raise DataError("no row to measure on; give a test file, or a valid_fraction above 0")
-            members.append(FleetMember(plan, data, split, folder / plan.name))
+            own = plan.name if alike[plan.name.lower()] == 1 else folder_name(plan.name)
+            members.append(FleetMember(plan, data, split, folder / own))
         except (DataError, ConfigError) as error:
             faults[plan.name] = str(error)
             logger.warning("%s is left out: %s", plan.name, error)
@@ -82,12 +86,20 @@ class FleetCandidates:
         members: All members.
         base: The base.
         bank: Its slots.
-        first: The member whose adapter the others start from; None where they start afresh.
+        first: The member whose adapter others start from; None where all start afresh.
+        warm: Those others.
     """
 
-    def __init__(self, members: Sequence[FleetMember], base: Base, bank: LoraBank, first: str | None) -> None:
+    def __init__(
+        self,
+        members: Sequence[FleetMember],
+        base: Base,
+        bank: LoraBank,
+        first: str | None,
+        warm: Collection[str],
+    ) -> None:
         self.members = {member.plan.name: member for member in members}
-        self.base, self.bank, self.first = base, bank, first
+        self.base, self.bank, self.first, self.warm = base, bank, first, warm
         self.waiting = [name for name in self.members if name != first]
         self.outcomes: dict[str, str] = {}
         self.steps: dict[str, int] = {}
@@ -101,7 +113,7 @@ class FleetCandidates:
         if not self.waiting:
             return None
         name = self.waiting[0]
-        if self.first is not None and name != self.first and self.first not in self.outcomes:
+        if name in self.warm and self.first not in self.outcomes:
             return None
         self.waiting.pop(0)
         return self.candidate_of(name)
@@ -149,6 +161,6 @@ class FleetCandidates:
         self.failures = dict(state["failures"])
 
     def _start(self, name: str) -> dict[str, Tensor] | None:
-        if self.first is None or name == self.first or self.outcomes.get(self.first) != "finished":
+        if self.first is None or name not in self.warm or self.outcomes.get(self.first) != "finished":
             return None
         return load_adapter(self.members[self.first].folder).tensors

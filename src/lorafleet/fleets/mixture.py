@@ -92,7 +92,8 @@ def mixture_member(members: Sequence[FleetMember], config: FleetConfig, plan: Me
         data_hash=sha256_json([*(member.data.data_hash for member in members), train]),
         source_hash=sha256_json([member.data.source_hash for member in members]),
     )
-    return FleetMember(replace(plan, name=PLAIN), data, "test", folder / PLAIN)
+    gate = plan.gate.model_copy(update={"metric": "loss"})  # all have a loss; no labels are common to all
+    return FleetMember(replace(plan, name=PLAIN, gate=gate), data, "test", folder / PLAIN)
 
 
 def _rows(parts: Sequence[TokenRows], picks: Sequence[tuple[int, int]]) -> TokenRows:

@@ -128,9 +128,9 @@ def _row(one: MemberResult, whom: Sequence[str]) -> list[str]:
     ]
     gain = "" if one.gain is None else _with_interval(one.metric, one.gain, one.interval)
     verdict = f"{one.status}{f', {one.version}' if one.version else ''}"
-    why = f": {'; '.join(one.reasons)}" if one.reasons else ""
+    told = f": {'; '.join([*one.reasons, *one.notes])}" if one.reasons or one.notes else ""
     rows = f"{one.trained_rows:,} + {one.measured_rows:,}" if one.trained_rows else ""
-    return [one.name, *cells, gain, rows, f"{one.tokens:,}" if one.tokens else "", verdict + why]
+    return [one.name, *cells, gain, rows, f"{one.tokens:,}" if one.tokens else "", verdict + told]
 
 
 def _pooled(result: FleetResult) -> tuple[list[str], list[list[str]]]:

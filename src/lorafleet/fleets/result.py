@@ -21,8 +21,9 @@ class MemberResult:
         metric: By which metric it is compared.
         gain: How much better it is than the shared adapter, or than the base where there is none.
         interval: Of the gain, at the gate's significance; none for a single row.
-        status: ``passed``, ``rejected``, ``failed`` in training, or ``left out`` for its rows.
+        status: ``passed``, ``rejected``, ``failed`` in training or while it was measured, or ``left out`` for its rows.
         reasons: Why it did not pass.
+        notes: What else has to be told: rivals that could not be measured, an alias that stays where it was.
         version: Its version in the registry; none where it is not kept.
     """
 
@@ -38,6 +39,7 @@ class MemberResult:
     interval: Interval | None = None
     status: str = "passed"
     reasons: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     version: str | None = None
 
 

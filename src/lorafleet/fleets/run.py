@@ -2,7 +2,6 @@
 
 import logging
 import os
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,6 +14,7 @@ from lorafleet.errors import ConfigError, DataError, raise_all
 from lorafleet.evaluation.token_loss import LossModel
 from lorafleet.files.atomic import write_json, write_text
 from lorafleet.files.run_folder import SETTINGS, clear_run, open_run, provenance
+from lorafleet.fleets.checks import metric_faults, shape_faults, shared_kinds, structure_faults
 from lorafleet.fleets.judge import Judge, gain_over
 from lorafleet.fleets.measure import Columns, pooled
 from lorafleet.fleets.members import FleetCandidates, FleetMember, load_members
@@ -23,18 +23,17 @@ from lorafleet.fleets.plan import FleetPlan, MemberPlan, read_plan
 from lorafleet.fleets.report import write_report
 from lorafleet.fleets.result import FleetResult, MemberResult, Way
 from lorafleet.fleets.train import train_members
-from lorafleet.fleets.users import KEYED, PLAIN, Users, kind_of, split_users
+from lorafleet.fleets.users import KEYED, PLAIN, ROWS, Users, clear_rows, kind_of, split_users
 from lorafleet.fleets.ways import compare_ways
 from lorafleet.lora import LoraBank
-from lorafleet.models.load import load_base, load_meta_model, load_tokenizer
+from lorafleet.models.load import Base, load_base, load_meta_model, load_tokenizer
 from lorafleet.registry.registry import Registry
-from lorafleet.search.fit import fit_faults
 from lorafleet.training.recompute import recompute_blocks
 from lorafleet.training.setup import check_run, prepare_machine
 
 logger = logging.getLogger(__name__)
 
-ADAPTERS, COMBINED, ROWS, RESULTS = "adapters", "combined", "rows", "fleet.json"
+ADAPTERS, COMBINED, RESULTS = "adapters", "combined", "fleet.json"
 
 
 def fleet(config: Mapping[str, Any] | str | os.PathLike[str], /, **knobs: Any) -> FleetResult:
@@ -48,14 +47,16 @@ def fleet(config: Mapping[str, Any] | str | os.PathLike[str], /, **knobs: Any) -
         Every member with its scores and what became of it.
 
     Raises:
-        ConfigError: The structure is wrong, or adapters do not fit the base; all faults at once.
-        DataError: Users cannot be told apart, or no member has rows that can be trained.
+        ConfigError: The structure is wrong, adapters do not fit the base or each other, or a gate does not fit the
+            rows; all faults of each at once.
+        DataError: Users cannot be told apart; no member has rows to train on, or not the one that others start from.
         CheckpointError: ``output_dir`` holds another run, or its checkpoint does not belong to this one.
         RegistryError: The registry cannot be used.
         Interrupted: SIGINT or SIGTERM came; a checkpoint is saved.
     """
     started = time.perf_counter()
     plan = read_plan(config, knobs)
+    raise_all(ConfigError, structure_faults(plan), "the fleet cannot start")
     check_run(plan.model, plan.run)
     registry = None
     if plan.fleet.keep:
@@ -64,13 +65,17 @@ def fleet(config: Mapping[str, Any] | str | os.PathLike[str], /, **knobs: Any) -
     with open_run(output_dir, resume=plan.run.resume_from_checkpoint, overwrite=plan.run.overwrite) as checkpoint:
         prepare_machine(plan.run)
         users, plans, left_out = _members_of(plan, output_dir / ROWS)
-        raise_all(ConfigError, fit_faults(load_meta_model(plan.model), [one.lora for one in plans]), "no fleet")
+        mixed = [replace(plan.defaults, name=PLAIN)] if users is None and PLAIN in shared_kinds(plan) else []
+        raise_all(ConfigError, shape_faults(load_meta_model(plan.model), [*plans, *mixed]), "no fleet")
         members, unreadable = load_members(plans, load_tokenizer(plan.model), output_dir / ADAPTERS)
         left_out |= unreadable
+        raise_all(ConfigError, metric_faults(members), "no fleet")
         if not members:
             raise DataError(f"no member has rows to train on; the first: {next(iter(left_out.values()))}")
+        if plan.fleet.warm_start and PLAIN in left_out:
+            raise DataError(f"warm_start needs the shared adapter, which is left out: {left_out[PLAIN]}")
         tasks = members if users is None else []
-        if tasks and plan.fleet.shared == "plain":
+        if tasks and mixed:
             members = [mixture_member(tasks, plan.fleet, plan.defaults, output_dir / ADAPTERS), *tasks]
         base = load_base(plan.model)
         if plan.run.overwrite:
@@ -81,15 +86,15 @@ def fleet(config: Mapping[str, Any] | str | os.PathLike[str], /, **knobs: Any) -
         if plan.run.gradient_checkpointing:
             recompute_blocks(base.model, bank)
         loss_model = LossModel(base.model, bank, base.tokenizer.pad_token_id)
-        candidates = FleetCandidates(members, base, bank, PLAIN if plan.fleet.warm_start else None)
+        candidates = _candidates(plan, members, base, bank, users)
         begun = time.perf_counter()
         trained = train_members(plan, loss_model, candidates, checkpoint)
         started -= trained["seconds"] - (time.perf_counter() - begun)  # training before an interruption counts
-        judge = Judge(plan, candidates, loss_model, registry, users, output_dir / ROWS)
+        judge = Judge(plan, candidates, loss_model, registry, users)
         judged = [judge.judge(member) for member in members if member.plan.name not in candidates.failures]
         for status, names in (("failed", candidates.failures), ("left out", left_out)):
             judged += [MemberResult(n, kind_of(n, users), status=status, reasons=(why,)) for n, why in names.items()]
-        users_rows = [judge.columns[one.name] for one in judged if one.kind == "user" and one.scores]
+        users_rows = [judge.columns[one.name] for one in judged if one.kind == "user" and one.gain is not None]
         result = FleetResult(
             output_dir=str(output_dir),
             model=base.name,
@@ -114,42 +119,44 @@ def _ways(
     there = [task for task in tasks if task.plan.name in results]
     if len(there) < 2 or not (plan.fleet.combine or plan.fleet.shared == "plain"):
         return []
-    return compare_ways(there, results, judge.rivals, plan.fleet.combine, plan.run.max_eval_rows, folder)
+    shared, most_rows = judge.shared.get(PLAIN), plan.run.max_eval_rows
+    return compare_ways(there, results, judge.rivals, shared, plan.fleet.combine, most_rows, folder)
+
+
+def _candidates(
+    plan: FleetPlan, members: Sequence[FleetMember], base: Base, bank: LoraBank, users: Users | None
+) -> FleetCandidates:
+    """Who trains. Only those whose rows the shared adapter knows may start from it, and tasks are not among them."""
+    names = [member.plan.name for member in members]
+    warm = {name for name in names if kind_of(name, users) != "task"} - {PLAIN} if plan.fleet.warm_start else set()
+    return FleetCandidates(members, base, bank, PLAIN if plan.fleet.warm_start else None, warm)
 
 
 def _members_of(plan: FleetPlan, rows: Path) -> tuple[Users | None, list[MemberPlan], dict[str, str]]:
     """Every member, its rows not yet read; and users who have too few.
 
     Raises:
-        ConfigError: Two members have one name, or what belongs to users is asked of tasks.
+        ConfigError: Two members have one name, or a key is asked before text without a prompt.
+        CheckpointError: The folder of the users' rows is not a fleet's.
         DataError: Users cannot be told apart.
     """
-    kinds = {"auto": (PLAIN, KEYED), "both": (PLAIN, KEYED), "plain": (PLAIN,), "keyed": (KEYED,), "none": ()}
-    shared = kinds[plan.fleet.shared]
-    faults = []
-    if plan.users is None and plan.fleet.shared not in ("auto", "none", "plain"):
-        faults.append(f"shared = {plan.fleet.shared!r} is for users; tasks have shared = plain, on their mixture")
-    if plan.users is not None and plan.fleet.combine:
-        faults.append("combine is for tasks; give users' adapters to `lorafleet adapters combine`")
-    if reserved := sorted({task.name for task in plan.tasks} & {PLAIN, KEYED}):
-        faults.append(f"a task cannot be called {', '.join(reserved)}; that is an adapter of all rows")
-    if plan.fleet.warm_start and (plan.users is None or PLAIN not in shared):
-        faults.append("warm_start needs users, and a shared adapter of theirs: shared = plain or both")
-    raise_all(ConfigError, faults, "the fleet cannot start")
     if plan.users is None or plan.user_knobs is None:
         return None, list(plan.tasks), {}
-    shutil.rmtree(rows, ignore_errors=True)  # made anew from the same rows
-    common = plan.user_knobs
-    users = split_users(plan.users, rows, common.training.seed)
-    folders = {name: users.shared[name] for name in shared} | users.folders
-    if double := {task.name for task in plan.tasks} & folders.keys() | {*shared} & users.folders.keys():
-        raise ConfigError(f"two adapters would have one name: {', '.join(sorted(double))}; rename the task or the user")
-    own = {"labels": users.labels} if users.labels else {}
+    common, faults = plan.user_knobs, []
+    clear_rows(rows)  # they are made anew from the same rows
+    users = split_users(plan.users, rows, common.training.seed, common.data, shared_kinds(plan))
+    folders = users.shared | users.folders
+    if double := {task.name for task in plan.tasks} & users.folders.keys():
+        faults.append(f"two adapters would have one name: {', '.join(sorted(double))}; rename the task or the user")
+    if KEYED in users.left_out and plan.fleet.shared != "auto":
+        faults.append(f"shared = {plan.fleet.shared}: {users.left_out[KEYED]}; take plain or none")
+    raise_all(ConfigError, faults, "the fleet cannot start")
+    own = {"labels": sorted({*users.labels, *common.data.labels})} if users.labels else {}
     everybodys = own | {"on_bad_rows": "skip"}  # a row that cannot be used is told of its user
+    changes = {PLAIN: everybodys, KEYED: everybodys | {"data_format": "auto"}}  # with a key they are of another shape
     plans = [
-        replace(common, name=name, data=common.data.model_copy(update={"data": str(folder)} | knobs))
+        replace(common, name=name, data=common.data.model_copy(update={"data": str(folder), **changes.get(name, own)}))
         for name, folder in folders.items()
-        for knobs in (everybodys if name in users.shared else own,)
     ]
     return users, [*plan.tasks, *plans], dict(users.left_out)
 
@@ -162,7 +169,8 @@ def pool(columns: Sequence[Mapping[str, Columns]]) -> dict[str, Any]:
     metric = "accuracy" if "label_right" in rows["own"] else "loss"
     scores = {who: {metric: _score(one, metric)} for who, one in rows.items()}
     gains = {who: gain_over(who, GateConfig(), metric, scores, rows) for who in rows if who != "own"}
-    return {"pooled": {who: one[metric] for who, one in scores.items()}, "pooled_metric": metric, "pooled_gains": gains}
+    known = {who: one for who, one in gains.items() if one[0] is not None}
+    return {"pooled": {who: one[metric] for who, one in scores.items()}, "pooled_metric": metric, "pooled_gains": known}
 
 
 def _score(rows: Columns, metric: str) -> float:

@@ -1,11 +1,13 @@
 """Ways to serve several tasks, in one table: an adapter for each, one on the mixture, or their adapters combined."""
 
 import logging
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lorafleet.errors import LorafleetError
 from lorafleet.files.adapter import WEIGHTS, load_adapter
+from lorafleet.files.manifest import MANIFEST
 from lorafleet.fleets.measure import Rivals
 from lorafleet.fleets.members import FleetMember
 from lorafleet.fleets.result import MemberResult, Way
@@ -20,6 +22,7 @@ def compare_ways(
     members: Sequence[FleetMember],
     judged: Mapping[str, MemberResult],
     rivals: Rivals,
+    shared: Path | None,
     combinations: Sequence[str],
     most_rows: int,
     folder: Path,
@@ -30,13 +33,15 @@ def compare_ways(
         members: The tasks whose adapters are there.
         judged: What they came to.
         rivals: Measures combined adapters.
+        shared: The folder of the adapter on their mixture; None where there is none.
         combinations: Of :class:`~lorafleet.config.combine.CombineConfig`.
         most_rows: Of each task that are measured.
         folder: Where combined adapters go.
     """
-    found = [_known(BASE, "base", members, judged, []), _known(SEPARATE, "own", members, judged, members)]
-    if all("shared" in (judged[member.plan.name].scores or {}) for member in members):
-        found.append(_known(SHARED, "shared", members, judged, members[:1]))
+    separate = [member.folder for member in members]
+    found = [_known(BASE, "base", members, judged, []), _known(SEPARATE, "own", members, judged, separate)]
+    if shared is not None:
+        found.append(_known(SHARED, "shared", members, judged, [shared]))
     return found + [_combined(how, members, judged, rivals, most_rows, folder / how) for how in combinations]
 
 
@@ -45,12 +50,12 @@ def _known(
     who: str,
     members: Sequence[FleetMember],
     judged: Mapping[str, MemberResult],
-    kept: Sequence[FleetMember],
+    kept: Sequence[Path],
 ) -> Way:
-    """A way that was measured at the gates; ``kept`` are the adapters that have to be kept for it."""
+    """A way that was measured at the gates; ``kept`` are the folders of the adapters that have to be kept for it."""
     results = {member.plan.name: judged[member.plan.name] for member in members}
     scores = {task: (one.scores or {})[who][one.metric] for task, one in results.items()}
-    sizes = [_size(member.folder) for member in kept]
+    sizes = [_size(one) for one in kept]
     return Way(name, scores, sum(count for count, _ in sizes), sum(size for _, size in sizes))
 
 
@@ -62,17 +67,17 @@ def _combined(
     most_rows: int,
     folder: Path,
 ) -> Way:
-    name = f"combined by {how}"
+    name, scores = f"combined by {how}", dict[str, float]()
     try:
-        if not (folder / WEIGHTS).exists():
-            combine([str(member.folder) for member in members], combination=how, output_dir=str(folder))
+        if (folder / MANIFEST).exists():  # of adapters that may have been trained again since
+            shutil.rmtree(folder)
+        combine([str(member.folder) for member in members], combination=how, output_dir=str(folder))
+        for member in members:
+            metrics = rivals.score(folder, member, member.held_out(most_rows))
+            scores[member.plan.name] = metrics[judged[member.plan.name].metric]
     except LorafleetError as error:
         logger.warning("%s: %s", name, error)
         return Way(name, {}, 0, 0, str(error))
-    scores = {}
-    for member in members:
-        metrics = rivals.score(folder, member, member.held_out(most_rows))
-        scores[member.plan.name] = metrics[judged[member.plan.name].metric]
     return Way(name, scores, *_size(folder))
 
 
