@@ -51,7 +51,7 @@ _DIFFERENT = 32
 @click.option("--new-tokens", type=click.IntRange(2), default=32, help="Of an answer.")
 @click.option("--registered", type=click.IntRange(1), default=1000, help="Adapters in the registry.")
 @click.option("--resident", type=click.IntRange(32), default=64, help="Adapters in memory.")
-@click.option("--requests", type=click.IntRange(1), default=150, help="Over the registered adapters.")
+@click.option("--requests", type=click.IntRange(20), default=150, help="Over the registered adapters.")
 @click.option("--device", default="cpu", help="Where, as --device of train; the precision follows from it.")
 @click.option("--threads", type=click.IntRange(1), default=os.cpu_count(), help="CPU threads.")
 @click.option("--output", type=click.Path(path_type=Path), default=Path("benchmarks/results/switch.json"))
