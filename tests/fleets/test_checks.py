@@ -20,11 +20,12 @@ def _nothing_trains(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_nothing_trains")
-@pytest.mark.parametrize("gate", [{"metric": "accuracy"}, {"at_least": {"accuracy": 0.5}}])
+@pytest.mark.parametrize("gate", [{"metric": "accuracy"}, {"at_least": {"macro_f1": 0.5}}])
 def test_a_gate_by_labels_needs_labels(place: Path, gate: dict[str, Any]) -> None:  # noqa: F811
     two = {name: tasks(place)[name] for name in ("moods", "chat")}
     with pytest.raises(
-        ConfigError, match="chat: the gate asks for accuracy, which rows without labels have not; ask for loss"
+        ConfigError,
+        match="chat: the gate asks for accuracy or macro_f1, which rows without labels have not; ask for loss",
     ) as error:
         fleet(settings(place, "by-labels", tasks=two, gate=gate))
     assert "moods" not in str(error.value)
@@ -32,9 +33,11 @@ def test_a_gate_by_labels_needs_labels(place: Path, gate: dict[str, Any]) -> Non
 
 def test_an_adapter_of_a_mixture_is_judged_by_its_loss(place: Path) -> None:  # noqa: F811
     moods = tasks(place)["moods"]
-    knobs = {"tasks": {"a": moods, "b": moods | {"seed": 3}}, "shared": "plain", "gate": {"metric": "accuracy"}}
+    knobs = {"tasks": {"a": moods, "b": moods | {"seed": 3}}, "shared": "plain"}
+    knobs["gate"] = {"metric": "accuracy", "at_least": {"accuracy": 0.0}}
     found = by_name(fleet(settings(place, "mixed-labels", **knobs)))
     assert (found["shared"].metric, found["a"].metric) == ("loss", "accuracy")
+    assert not any("accuracy" in reason for reason in found["shared"].reasons)
 
 
 @pytest.mark.usefixtures("_nothing_trains")

@@ -14,8 +14,9 @@ from lorafleet.evaluation.measure import measure
 from lorafleet.files.adapter import WEIGHTS, save_adapter
 from lorafleet.fleets.result import FleetResult
 from lorafleet.fleets.run import fleet
+from lorafleet.lora import BASE_ONLY
 from lorafleet.registry.registry import Registry
-from tests.fleets.test_run import KNOBS, by_name, place, settings, tasks  # noqa: F401  # place is a fixture
+from tests.fleets.test_run import KNOBS, by_name, place, settings, tasks, write  # noqa: F401  # place is a fixture
 
 ANY = {"not_worse_than": []}
 
@@ -107,12 +108,12 @@ def test_a_shared_adapter_that_failed_is_told(place: Path) -> None:  # noqa: F81
     assert found["moods"].reasons == (f"{told}; take shared out of the gate to be judged without it",)
 
 
-def measured_with(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
-    """Let the measurement of adapters of rows with labels come to something else."""
+def measured_with(monkeypatch: pytest.MonkeyPatch, change: Any, only: int = 0, task: str = "label") -> None:
+    """Let the measurement of a slot's adapter on rows of a task come to something else."""
 
     def changed(base: Any, loss_model: Any, slot: int, data: Any, rows: Any, **options: Any) -> dict[str, float]:
         scores = measure(base, loss_model, slot, data, rows, **options)
-        return change(scores, options["predictions"]) if slot == 0 and data.task == "label" else scores
+        return change(scores, options["predictions"]) if slot == only and data.task == task else scores
 
     monkeypatch.setattr("lorafleet.fleets.measure.measure", changed)
 
@@ -152,6 +153,24 @@ def test_a_loss_that_is_no_number_is_rejected_and_read_again(
         assert (
             json.loads((place / "nan-users" / "fleet.json").read_text())["members"][0]["scores"]["own"]["loss"] is None
         )
+
+
+def test_a_rival_whose_loss_is_no_number_is_read_again(
+    place: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def lost(scores: dict[str, float], predictions: list[dict[str, Any]]) -> dict[str, float]:
+        for one in predictions:
+            one["loss_sum"] = math.nan
+        return scores | {"loss": math.nan}
+
+    measured_with(monkeypatch, lost, only=BASE_ONLY, task="chat")
+    rows = [{"user": user, "prompt": f"say {i}", "completion": "yes"} for user in ("ann", "bob") for i in range(9)]
+    write(place / "asked.jsonl", rows)
+    knobs = settings(place, "nan-base", users={"data": str(place / "asked.jsonl")}, shared="plain", gate=ANY)
+    for resume in (False, True):
+        result = fleet(knobs, resume_from_checkpoint=resume)
+        assert {*statuses(result).values()} == {"passed"} and result.pooled_gains.keys() == {"shared"}
 
 
 def test_a_key_that_makes_rows_too_long_is_told(place: Path) -> None:  # noqa: F811

@@ -247,10 +247,18 @@ def test_the_draw_is_by_rows_where_all_questions_differ(tmp_path: Path) -> None:
     assert [row["text"] for row in tested] == [rows[number]["text"] for number in sorted(drawn)]
 
 
-def test_only_a_folder_of_a_fleet_is_made_anew(tmp_path: Path) -> None:
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_only_a_folder_of_a_fleet_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clear_rows(tmp_path / "rows")
     write(tmp_path / "rows" / "ann" / "train.jsonl", user_rows("ann", 1))
-    clear_rows(tmp_path / "rows")
+    with monkeypatch.context() as patch:
+        patch.setattr("lorafleet.fleets.users.shutil.rmtree", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            clear_rows(tmp_path / "rows")
+    clear_rows(tmp_path / "rows")  # a fleet that was killed there goes on
     assert not (tmp_path / "rows" / "ann").exists()
     (tmp_path / "mine").mkdir()
     clear_rows(tmp_path / "mine")

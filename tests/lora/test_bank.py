@@ -198,6 +198,24 @@ def test_an_adapter_that_is_refused_leaves_nothing_in_its_slot() -> None:
         assert torch.equal(logits(model), before)
 
 
+def test_a_module_may_be_saved_once_nobody_adapts_it() -> None:
+    model = tiny_model("llama")
+    before = logits(model)
+    bank = LoraBank(model, 2)
+    bank.load(0, TARGETS_HEAD, trained(TARGETS_HEAD))
+    with pytest.raises(AdapterError, match="lm_head holds layers that another slot adapts"):
+        bank.load(1, SAVES_HEAD, trained(SAVES_HEAD))
+    bank.remove(0)
+    bank.load(1, SAVES_HEAD, trained(SAVES_HEAD))
+    with bank.route(Routing((1,), (24,))):
+        found = logits(model)
+    alone = tiny_model("llama")
+    LoraBank(alone, 1).load(0, SAVES_HEAD, trained(SAVES_HEAD))
+    torch.testing.assert_close(found, logits(alone), rtol=1e-6, atol=1e-6)
+    with bank.disabled():
+        assert torch.equal(logits(model), before)
+
+
 @pytest.mark.parametrize(
     ("place", "error"),
     [

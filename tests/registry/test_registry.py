@@ -211,9 +211,12 @@ def test_a_registry_is_not_made_by_looking(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_files_of_another_registry_are_left_alone(registry: Registry, tmp_path: Path) -> None:
+@pytest.mark.parametrize("told", [True, False])
+def test_files_of_another_registry_are_left_alone(registry: Registry, tmp_path: Path, told: bool) -> None:
     run = adapter_folder(tmp_path / "run")
     registry.add(run, "reviews")
+    if not told:  # as the first format left them
+        (tmp_path / "registry" / "registry.id").unlink()
     before = registry.blobs.sizes()
     wrong = Registry(registry.location, f"sqlite:///{tmp_path}/other.db", create=True)
     for work in (lambda: gc(wrong), lambda: wrong.add(run, "reviews")):
@@ -221,6 +224,7 @@ def test_files_of_another_registry_are_left_alone(registry: Registry, tmp_path: 
             work()
     assert registry.blobs.sizes() == before
     verify(registry)
+    registry.add(run, "films")
 
 
 def test_scores_that_are_no_numbers_are_left_out(registry: Registry, tmp_path: Path) -> None:
@@ -228,7 +232,9 @@ def test_scores_that_are_no_numbers_are_left_out(registry: Registry, tmp_path: P
     assert registry.add(adapter_folder(tmp_path / "run"), "reviews", scores=scores).scores == {"accuracy": 0.5}
 
 
-@pytest.mark.parametrize("url", ["mysql://host/x", "no url", "sqlite", "postgres://me:hidden@host/x"])
+@pytest.mark.parametrize(
+    "url", ["mysql://host/x", "no url", "sqlite", "postgres://me:hidden@host/x", "postgresql:/me:hidden@x"]
+)
 def test_other_databases_are_refused(tmp_path: Path, url: str) -> None:
     with pytest.raises(ConfigError, match="registry_database") as refused:
         Registry(str(tmp_path), url, create=True)

@@ -41,7 +41,7 @@ def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], Regis
     if request.param == "postgresql":
         url = request.getfixturevalue("server")
         with Registry(str(tmp_path / "registry"), url, create=True).database.writing() as connection:
-            for table in ("moves", "aliases", "versions", "revisions", "names"):
+            for table in ("moves", "aliases", "versions", "revisions"):
                 connection.execute(text(f"DELETE FROM {table}"))
     return lambda: Registry(str(tmp_path / "registry"), url, create=True)
 

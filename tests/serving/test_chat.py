@@ -26,7 +26,9 @@ def test_the_conversation_goes_on_under_another_adapter(fleet: TinyFleet) -> Non
     history += [{"role": "user", "content": "and now"}]
     assert fleet.pool().generate([history], "a0", max_new_tokens=6) == [second]
     history += [{"role": "assistant", "content": second.text}, {"role": "user", "content": "again"}]
+    pool.activate("a0")
     chat.switch("a1")
+    assert pool.default == "a0"  # of others who ask the same pool
     assert chat.say("again") == fleet.pool().generate([history], "a1", max_new_tokens=6)[0]
 
 

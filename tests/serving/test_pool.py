@@ -187,6 +187,23 @@ def test_a_callback_may_give_up_another_request(fleet: TinyFleet) -> None:
     assert len(tickets[1].request.answer) < 6 and not any(resident.users for resident in pool.residents)
 
 
+def test_a_callback_may_give_up_a_request_that_has_just_failed(
+    fleet: TinyFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = fleet.pool()
+    tickets = [pool.submit("hello there", "a0", max_new_tokens=6, on_text=lambda _: pool.cancel(tickets[1]))]
+    pool.step()
+
+    def scarce(_: int) -> None:
+        raise MemoryError("no memory for keys and values")
+
+    monkeypatch.setattr(pool._decoder.cache, "grow", scarce)
+    tickets.append(pool.submit("hello there", "a1", max_new_tokens=400))
+    run(pool, tickets)
+    assert isinstance(tickets[1].request.error, MemoryError)
+    assert not any(resident.users for resident in pool.residents)
+
+
 @pytest.mark.parametrize("error", [PermissionError("adapter_config.json"), torch.OutOfMemoryError("no room")])
 def test_an_adapter_that_cannot_be_brought_in_fails_its_own_request(
     fleet: TinyFleet, error: Exception, monkeypatch: pytest.MonkeyPatch

@@ -7,6 +7,8 @@ from lorafleet.config.knob import Section, knob
 
 Rival = Literal["base", "shared", "prod"]
 Score = Literal["loss", "perplexity", "accuracy", "macro_f1"]
+OF_LABELS = frozenset({"accuracy", "macro_f1"})
+"""Scores that only rows with labels have."""
 
 
 FLEET_DEFAULTS = {"save_strategy": "steps"}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import nn
 
-from lorafleet.config.fleet import GateConfig
+from lorafleet.config.fleet import OF_LABELS, GateConfig
 from lorafleet.errors import ConfigError, faults_of
 from lorafleet.fleets.members import FleetMember
 from lorafleet.fleets.plan import FleetPlan, MemberPlan
@@ -98,11 +98,11 @@ def _saved_faults(model: nn.Module, plan: MemberPlan, others: Sequence[MemberPla
 
 def metric_faults(members: Sequence[FleetMember]) -> list[str]:
     """Gates that compare by labels which rows do not have."""
-    names = [one.plan.name for one in members if _asks_accuracy(one.plan.gate) and one.data.task != "label"]
+    names = [one.plan.name for one in members if _asks_labels(one.plan.gate) and one.data.task != "label"]
     whose = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-    fault = f"{whose}: the gate asks for accuracy, which rows without labels have not; ask for loss"
+    fault = f"{whose}: the gate asks for accuracy or macro_f1, which rows without labels have not; ask for loss"
     return [fault] if names else []
 
 
-def _asks_accuracy(gate: GateConfig) -> bool:
-    return gate.metric == "accuracy" or "accuracy" in (*gate.at_least, *gate.at_most)
+def _asks_labels(gate: GateConfig) -> bool:
+    return gate.metric == "accuracy" or bool(OF_LABELS & {*gate.at_least, *gate.at_most})

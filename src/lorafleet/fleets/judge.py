@@ -99,10 +99,12 @@ class Judge:
         told = json.loads(place.read_text()) if place.exists() else {}
         if told.get("asked") != self._asked(member):
             return None
-        self.columns[member.plan.name] = told["columns"]
-        known = told["result"]
+        known, columns = told["result"], told["columns"]
         for scores in known["scores"].values():  # JSON has null for NaN
             scores |= {metric: math.nan for metric, value in scores.items() if value is None}
+        for shares in columns.values():
+            shares |= {field: [math.nan if one is None else one for one in shares[field]] for field in shares}
+        self.columns[member.plan.name] = columns
         known |= {key: tuple(known[key]) for key in ("reasons", "notes")}
         return MemberResult(**known | {"interval": known["interval"] and tuple(known["interval"])})
 

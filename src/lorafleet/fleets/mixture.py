@@ -8,7 +8,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from lorafleet.config.fleet import FleetConfig
+from lorafleet.config.fleet import OF_LABELS, FleetConfig, GateConfig
 from lorafleet.data.store import TokenRow, TokenRows
 from lorafleet.fleets.members import FleetMember
 from lorafleet.fleets.plan import MemberPlan
@@ -92,8 +92,15 @@ def mixture_member(members: Sequence[FleetMember], config: FleetConfig, plan: Me
         data_hash=sha256_json([*(member.data.data_hash for member in members), train]),
         source_hash=sha256_json([member.data.source_hash for member in members]),
     )
-    gate = plan.gate.model_copy(update={"metric": "loss"})  # all have a loss; no labels are common to all
+    gate = plan.gate.model_copy(update={"metric": "loss", **_without_labels(plan.gate)})  # all have a loss
     return FleetMember(replace(plan, name=PLAIN, gate=gate), data, "test", folder / PLAIN)
+
+
+def _without_labels(gate: GateConfig) -> dict[str, dict[str, float]]:
+    limits = {"at_least": gate.at_least, "at_most": gate.at_most}
+    return {
+        field: {score: limit for score, limit in one.items() if score not in OF_LABELS} for field, one in limits.items()
+    }
 
 
 def _rows(parts: Sequence[TokenRows], picks: Sequence[tuple[int, int]]) -> TokenRows:

@@ -61,6 +61,7 @@ def fleet(config: Mapping[str, Any] | str | os.PathLike[str], /, **knobs: Any) -
     registry = None
     if plan.fleet.keep:
         registry = Registry(plan.registry.registry, plan.registry.registry_database, create=True)
+        registry.check_files()
     output_dir = Path(plan.run.output_dir)
     with open_run(output_dir, resume=plan.run.resume_from_checkpoint, overwrite=plan.run.overwrite) as checkpoint:
         prepare_machine(plan.run)

@@ -85,15 +85,16 @@ def clear_rows(folder: Path) -> None:
     Raises:
         CheckpointError: The folder holds what no fleet has put there, or cannot be replaced.
     """
-    if any(folder.glob("*")) and not (folder / _MARK).exists():
+    there = [path for path in folder.glob("*") if not path.name.startswith(".")]
+    if there and not (folder / _MARK).exists():
         raise CheckpointError(
             f"{folder} is where the users' rows go, and was not made by a fleet; move it away, delete it if a fleet of "
             "an earlier release made it, or choose another output_dir"
         )
     try:
-        if folder.exists():
-            shutil.rmtree(folder)
-        write_bytes(folder / _MARK, b"")
+        write_bytes(folder / _MARK, b"")  # first, and it stays: a fleet that is killed here may go on
+        for path in there:
+            shutil.rmtree(path)
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be made anew: {error.strerror or error}") from error
 
@@ -247,7 +248,7 @@ def _names(keys: Iterable[str]) -> dict[str, str]:
 def _held_out(
     train: Mapping[str, UserRows], share: float, seed: int
 ) -> tuple[dict[str, UserRows], dict[str, UserRows]]:
-    """A part of each user's rows, no question on both sides unless all ask the same, as the loader holds rows out."""
+    """A part of each user's rows; no question is on both sides where whole questions fit into it, as in the loader."""
     kept, tested = dict[str, UserRows](), dict[str, UserRows]()
     for user, rows in train.items():
         digest = int.from_bytes(hashlib.sha256(user.encode()).digest()[:8])

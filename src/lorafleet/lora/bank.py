@@ -209,9 +209,13 @@ class LoraBank:
 
     def _fill_saved(self, path: str, slot: int) -> None:
         if path not in self.saved:
+            for inner in [one for one in self.layers if f"{one}.".startswith(f"{path}.")]:
+                if any(self.layers[inner].ranks) or self.layers[inner].shared_input is not None:
+                    raise AdapterError(
+                        f"{path} holds layers that another slot adapts; modules_to_save cannot have it too"
+                    )
+                self._place(inner, self.layers.pop(inner).base_layer)  # the last adapter that adapted it has left
             module = self.model.get_submodule(path)
-            if any(isinstance(inner, LoraLinear) for inner in module.modules()):
-                raise AdapterError(f"{path} holds layers that another slot adapts; it cannot be in modules_to_save too")
             self.saved[path] = SlotModule(module, self.router)
             self._place(path, self.saved[path])
         self.saved[path].add(slot)

@@ -27,8 +27,11 @@ ABANDONED_SECONDS = 24 * 3600
 class Blobs(Protocol):
     """Where the files are."""
 
-    def claim(self, identity: str) -> str:
-        """Write whose files these are where that is not written yet; whose they are."""
+    def owner(self) -> str | None:
+        """The id of the database that has the files' rows; None where that is not written yet."""
+
+    def claim(self, identity: str) -> None:
+        """Write it."""
 
     def put(self, digest: str, data: bytes) -> bool:
         """Keep a file, and say whether it replaced a damaged one. Nothing of it can be seen before all of it can."""
@@ -59,13 +62,21 @@ class LocalBlobs:
     def __init__(self, folder: Path) -> None:
         self.folder = folder / FOLDER
 
-    def claim(self, identity: str) -> str:
-        """Write whose files these are where that is not written yet; whose they are."""
+    def owner(self) -> str | None:
+        """The id of the database that has the files' rows; None where that is not written yet."""
         path = self.folder.with_name(_IDENTITY)
         try:
-            if not path.exists():
-                write_bytes(path, identity.encode())
-            return path.read_text()
+            return path.read_text(errors="replace")
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise RegistryError(f"cannot read the registry, {path}: {error.strerror or error}") from error
+
+    def claim(self, identity: str) -> None:
+        """Write it."""
+        path = self.folder.with_name(_IDENTITY)
+        try:
+            write_bytes(path, identity.encode())
         except OSError as error:
             raise RegistryError(f"cannot write to the registry, {path}: {error.strerror or error}") from error
 
@@ -155,14 +166,20 @@ class RemoteBlobs:
         self.root = f"{root.rstrip('/')}/{FOLDER}"
         self._whole: set[str] = set()  # files that this process has read or written; none ever changes
 
-    def claim(self, identity: str) -> str:
-        """Write whose files these are where that is not written yet; whose they are."""
+    def owner(self) -> str | None:
+        """The id of the database that has the files' rows; None where that is not written yet."""
         path = f"{self.root.removesuffix(FOLDER)}{_IDENTITY}"
-        with _told("write to", path):
+        with _told("read", path):
             if not self.store.exists(path):
-                self.store.pipe_file(path, identity.encode())
+                return None
             found: bytes = self.store.cat_file(path)
         return found.decode("utf-8", "replace")
+
+    def claim(self, identity: str) -> None:
+        """Write it."""
+        path = f"{self.root.removesuffix(FOLDER)}{_IDENTITY}"
+        with _told("write to", path):
+            self.store.pipe_file(path, identity.encode())
 
     def put(self, digest: str, data: bytes) -> bool:
         """Upload a file that is not there yet, or damaged."""
@@ -190,7 +207,10 @@ class RemoteBlobs:
                 data: bytes = self.store.cat_file(path)
             except FileNotFoundError as error:
                 raise RegistryError(_missing(digest)) from error
-        return _checked(data, digest)
+        self._whole.discard(digest)
+        _checked(data, digest)
+        self._whole.add(digest)
+        return data
 
     def place(self, digest: str, path: Path) -> None:
         """Download a file."""

@@ -103,6 +103,8 @@ class Database:
             config.attributes |= {"connection": connection, "version_table": _VERSION_TABLE}
             if found == _OLD_HEAD and not inspect(connection).has_table(_VERSION_TABLE):
                 command.stamp(config, found)
+                # An older release that still runs would go on writing; of this format it says that it is too new.
+                connection.execute(text(f"UPDATE {_OLD_VERSION_TABLE} SET version_num = '{HEAD}'"))
             command.upgrade(config, HEAD)
 
     def _nothing_here(self) -> str:
@@ -127,7 +129,7 @@ class Database:
 
 
 def _engine(url: str | URL) -> Engine:
-    shown = re.sub("//.*@", "//***@", str(url))  # no password, not even of what is no URL
+    shown = re.sub("[^/]*@", "***@", str(url))  # no password, not even of what is no URL
     try:
         parsed = make_url(url)
         if parsed.get_backend_name() not in ("sqlite", "postgresql"):

@@ -80,7 +80,8 @@ class Folders:
 
     def _is_whole(self, path: Path, digest: str) -> bool:
         try:
-            if isinstance(self.blobs, LocalBlobs) and path.samefile(self.blobs.folder / digest):
+            here = isinstance(self.blobs, LocalBlobs) and self.blobs.folder / digest
+            if here and here.is_file() and path.samefile(here):
                 return True  # whatever is wrong with it is wrong with the registry's file
             return sha256_file(path) == digest
         except FileNotFoundError:

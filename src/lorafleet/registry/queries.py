@@ -4,7 +4,7 @@ from sqlalchemy import Connection, RowMapping, func, select
 
 from lorafleet.errors import RegistryError, did_you_mean
 from lorafleet.registry.names import Reference
-from lorafleet.registry.tables import aliases, moves, names, revisions, versions
+from lorafleet.registry.tables import DELETED, aliases, moves, revisions, versions
 from lorafleet.registry.version import Move, Version
 
 PROD = "prod"
@@ -62,7 +62,7 @@ def pointed_at(connection: Connection, name: str, alias: str) -> int | None:
 
 def moves_of(connection: Connection, name: str, alias: str | None = None) -> list[Move]:
     """How the aliases of a name, or one of them, have moved, oldest first."""
-    query = select(moves).where(moves.c.name == name).order_by(moves.c.id)
+    query = select(moves).where((moves.c.name == name) & (moves.c.kind != DELETED)).order_by(moves.c.id)
     if alias is not None:
         query = query.where(moves.c.alias == alias)
     keys = Move.__dataclass_fields__
@@ -71,7 +71,9 @@ def moves_of(connection: Connection, name: str, alias: str | None = None) -> lis
 
 def next_number(connection: Connection, name: str) -> int:
     """A version that a name never had. One that gc removed is not given again: it would be other bytes."""
-    return (connection.scalar(select(names.c.newest).where(names.c.name == name)) or 0) + 1
+    newest = connection.scalar(select(func.max(versions.c.number)).where(versions.c.name == name))
+    ever = connection.scalar(select(func.max(moves.c.after)).where(moves.c.name == name))
+    return max(newest or 0, ever or 0) + 1
 
 
 def _by_revision(connection: Connection, reference: Reference) -> tuple[str | None, int | None]:

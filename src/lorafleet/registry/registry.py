@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from sqlalchemy import URL, Connection, delete, insert, select, update
+from sqlalchemy import URL, Connection, insert, select, update
 
 from lorafleet.errors import ConfigError, RegistryError, raise_all
 from lorafleet.models.cache import cache_folder
@@ -23,7 +23,7 @@ from lorafleet.registry.database import Database
 from lorafleet.registry.folders import Folders
 from lorafleet.registry.names import Reference, name_fault, parse_reference
 from lorafleet.registry.queries import PROD
-from lorafleet.registry.tables import aliases, moves, names, revisions, sealed, versions
+from lorafleet.registry.tables import aliases, moves, revisions, sealed, versions
 from lorafleet.registry.version import Move, Version, promoted
 
 HOME = "LORAFLEET_REGISTRY"
@@ -134,12 +134,26 @@ class Registry:
         Raises:
             RegistryError: They do.
         """
-        mine = self.database.identity
-        if (found := self.blobs.claim(mine)) != mine:
+        mine, found = self.database.identity, self.blobs.owner()
+        if found is None:
+            ours = self._has_rows_of_files()
+            found = self.blobs.owner()  # another process may have been first, whose files are these
+            if found is None and ours:
+                self.blobs.claim(mine)
+                return
+        if found != mine:
             raise RegistryError(
-                f"the files at {self.location} are of the registry {found[:8]}, the database "
-                f"{self.database.engine.url} is of {mine[:8]}; give the registry_database that goes with the registry"
+                f"the files at {self.location} are of {f'the registry {found[:8]}' if found else 'another database'}, "
+                f"the database {self.database.engine.url} is of {mine[:8]}; give the registry_database that goes with "
+                "the registry"
             )
+
+    def _has_rows_of_files(self) -> bool:
+        """Whether the files, which do not say whose they are, are of this database, or none are there."""
+        there = self.blobs.sizes().keys()
+        with self.database.reading() as connection:
+            known = connection.scalars(select(revisions.c.files)).all()
+        return not there or any(digest in there for files in known for digest in files.values())
 
     def find(self, reference: str) -> Version:
         """The version that a reference names (see :mod:`lorafleet.registry.names`).
@@ -253,9 +267,7 @@ def _judge(
     if found is None:
         number = queries.next_number(connection, name)
         row = {"name": name, "number": number, "revision": revision, "rejected": rejected, "scores": dict(scores)}
-        connection.execute(insert(versions).values(sealed(row | {"tags": list(tags), "created": _now()})))
-        connection.execute(delete(names).where(names.c.name == name))
-        connection.execute(insert(names).values(sealed({"name": name, "newest": number})))
+        connection.execute(insert(versions).values(sealed(row | {"tags": list(tags), "created": now()})))
         return number
     if not again:
         return int(found["number"])
@@ -275,12 +287,13 @@ def _move(connection: Connection, kind: str, name: str, alias: str, before: int 
     mine = (aliases.c.name == name) & (aliases.c.alias == alias)
     row = sealed({"name": name, "alias": alias, "number": after})
     connection.execute(insert(aliases).values(row) if before is None else update(aliases).where(mine).values(row))
-    move = Move(name, alias, kind, before, after, _now())
+    move = Move(name, alias, kind, before, after, now())
     connection.execute(insert(moves).values(sealed(asdict(move))))
     return move
 
 
-def _now() -> str:
+def now() -> str:
+    """The time, UTC, as rows have it."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 

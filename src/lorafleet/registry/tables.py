@@ -3,8 +3,7 @@
 revisions   what was added, once: its files by hash, where it came from
 versions    name:1, name:2 …: a revision under a name, whether it passed, its scores and tags
 aliases     name@prod: which version that is now
-moves       every promotion and rollback, in order; never changed
-names       the newest number that a name ever had: none is given twice
+moves       every promotion and rollback, in order, and the newest version of a name that was deleted; never changed
 registry    an id that the files carry too, lest they be taken for another registry's
 """
 
@@ -30,6 +29,9 @@ from lorafleet.registry.names import LONGEST
 
 HEAD = "0002"
 """The newest migration."""
+
+DELETED = "delete"
+"""The kind of a move that is none: a version is gone, and its number is not given again."""
 
 metadata = MetaData()
 revisions = Table(
@@ -75,18 +77,12 @@ moves = Table(
     Column("moved", String(32), nullable=False),
     Column("digest", String(64), nullable=False),
 )
-names = Table(
-    "names",
-    metadata,
-    Column("name", String(LONGEST), primary_key=True),
-    Column("newest", Integer, nullable=False),
-    Column("digest", String(64), nullable=False),
-)
 registry = Table(
     "registry",
     metadata,
     Column("identity", String(32), primary_key=True),
     Column("digest", String(64), nullable=False),
+    sqlite_with_rowid=False,  # an index of its own would cost each registry a page
 )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, Table, and_, delete, select
+from sqlalchemy import Connection, RowMapping, Table, and_, delete, insert, select
 from sqlalchemy.exc import DBAPIError
 
 from lorafleet.errors import RegistryError, raise_all
@@ -15,9 +15,9 @@ from lorafleet.registry import queries
 from lorafleet.registry.blobs import ABANDONED_SECONDS, LocalBlobs
 from lorafleet.registry.contents import revision_of
 from lorafleet.registry.names import parse_reference
-from lorafleet.registry.registry import Registry
-from lorafleet.registry.tables import aliases, is_whole, metadata, revisions, versions
-from lorafleet.registry.version import Version, promoted
+from lorafleet.registry.registry import Registry, now
+from lorafleet.registry.tables import DELETED, aliases, is_whole, metadata, moves, revisions, sealed, versions
+from lorafleet.registry.version import Move, Version, promoted
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,6 @@ def verify(registry: Registry) -> VerifyResult:
         if revision_of(row["files"]) != row["revision"]:
             faults.append(f"the revision {row['revision'][:12]}… does not have the files it is named by")
     faults += _wrong_aliases(rows["aliases"], rows["moves"])
-    newest = {row["name"]: row["newest"] for row in rows["names"]}
-    faults += [
-        f"the names do not know {row['name']}:{row['number']}, so its number could be given again"
-        for row in rows["versions"]
-        if row["number"] > newest.get(row["name"], 0)
-    ]
     files = {row["revision"]: row["files"] for row in rows["revisions"]}
     wanted = {
         digest: f"{path} of revision {revision[:12]}…" for revision in files for path, digest in files[revision].items()
@@ -165,10 +159,13 @@ def gc(
         raise_all(RegistryError, faults, "nothing was deleted")
         every = queries.every_version(connection)
         labels = wanted | (_old(every, keep) - needed.keys())
-        for one in every:
-            if one.label in labels:
-                mine = (versions.c.name == one.name) & (versions.c.number == one.number)
-                connection.execute(delete(versions).where(mine))
+        doomed = [one for one in every if one.label in labels]
+        for one in doomed:
+            mine = (versions.c.name == one.name) & (versions.c.number == one.number)
+            connection.execute(delete(versions).where(mine))
+        for name, number in {one.name: one.number for one in doomed}.items():  # the newest of each
+            gone = Move(name, "", DELETED, None, number, now())
+            connection.execute(insert(moves).values(sealed(asdict(gone))))
         orphaned = revisions.c.revision.not_in(select(versions.c.revision))
         unused = connection.scalars(select(revisions.c.revision).where(orphaned)).all()
         connection.execute(delete(revisions).where(orphaned))
@@ -177,8 +174,7 @@ def gc(
             connection.rollback()
     if not dry_run:
         files = _delete_files(registry)
-    doomed = tuple(one.label for one in every if one.label in labels)
-    return GcResult(doomed, tuple(unused), len(files), sum(files.values()), dry_run)
+    return GcResult(tuple(one.label for one in doomed), tuple(unused), len(files), sum(files.values()), dry_run)
 
 
 def _old(every: Iterable[Version], keep: int | None) -> set[str]:
@@ -230,7 +226,7 @@ def _key(row: RowMapping) -> str:
 
 def _wrong_aliases(pointing: Iterable[RowMapping], moved: Iterable[RowMapping]) -> list[str]:
     """Aliases that are not where the last move put them."""
-    last = {(row["name"], row["alias"]): row["after"] for row in moved}
+    last = {(row["name"], row["alias"]): row["after"] for row in moved if row["kind"] != DELETED}
     now = {(row["name"], row["alias"]): row["number"] for row in pointing}
     return [
         f"{name}@{alias} is at version {now.get((name, alias))}, but was last moved to {last.get((name, alias))}"

@@ -73,6 +73,7 @@ class Chat:
             AdapterError: There is none, or it does not fit.
         """
         if adapter is not None and adapter != "base":
-            self.pool.activate(adapter)
-            self.pool.disable()
+            before = self.pool.default
+            self.pool.activate(adapter)  # that it can be used is known before a turn is lost
+            self.pool.default = before
         self.adapter = adapter

@@ -204,7 +204,9 @@ class AdapterPool:
             The tickets that are done; one whose ``request.error`` is set has no whole answer.
         """
         failed = self._admit()
-        done = [self._running.pop(request) for request in self._decoder.step()]
+        done = [
+            self._running.pop(one) for one in self._decoder.step() if one in self._running
+        ]  # not given up meanwhile
         for ticket in done:
             self._release(ticket)
         return [*failed, *done]
