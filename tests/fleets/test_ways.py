@@ -8,6 +8,7 @@ import torch
 from lorafleet.config import FleetConfig
 from lorafleet.errors import ConfigError
 from lorafleet.files.adapter import load_adapter
+from lorafleet.files.manifest import MANIFEST
 from lorafleet.fleets.mixture import shares
 from lorafleet.fleets.run import fleet
 from tests.fleets.test_run import place, settings, tasks  # noqa: F401  # place is a fixture
@@ -53,14 +54,17 @@ def test_every_way_is_measured_on_every_task(place: Path) -> None:  # noqa: F811
     assert {*ways["one shared adapter"].scores} == {"moods", "chat"} == {*ways["combined by cat"].scores}
     page = (place / "ways" / "report.html").read_text()
     assert "Ways to serve all tasks" in page and "combined by cat" in page
+    (place / "ways" / "combined" / "cat" / MANIFEST).unlink()  # as if the process was killed before it was written
     again = fleet(settings(place, "ways", tasks=two, resume_from_checkpoint=True, **knobs))
     assert again.ways == result.ways
 
 
 def test_a_way_has_the_size_of_its_own_adapter_and_is_made_of_this_run(place: Path) -> None:  # noqa: F811
     two = {name: tasks(place)[name] | {"r": 4} for name in ("chat", "moods")}
-    knobs = settings(place, "sizes", tasks=two, shared="plain", combine=["cat"], gate={"not_worse_than": []})
+    two["moods"]["rank_pattern"] = {"q_proj": 2}
+    knobs = settings(place, "sizes", tasks=two, shared="plain", combine=["cat", "linear"], gate={"not_worse_than": []})
     ways = {way.name: way for way in fleet(knobs).ways}
+    assert not ways["combined by linear"].scores and "self_attn.q_proj" in (ways["combined by linear"].error or "")
     shared, cat = (place / "sizes" / name for name in ("adapters/shared", "combined/cat"))
     assert ways["one shared adapter"].parameters == sum(one.numel() for one in load_adapter(shared).tensors.values())
     assert ways["one shared adapter"].bytes == (shared / "adapter_model.safetensors").stat().st_size

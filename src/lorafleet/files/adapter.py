@@ -111,6 +111,7 @@ def refuse_pickled(folder: Path) -> None:
     pickled = [name for name in _PICKLED if (folder / name).exists()]
     if pickled and not (folder / WEIGHTS).exists():
         raise AdapterError(
-            f"{folder / pickled[0]} is pickled: reading it can run code, so it is refused. If you trust it, load "
-            "it with PEFT and save_pretrained it again; that writes adapter_model.safetensors"
+            f"{folder / pickled[0]} is pickled: reading it can run code, so it is refused. Convert it with `lorafleet "
+            f"adapters convert {folder / pickled[0]} --output-dir FOLDER`, which runs nothing of it, or save it again "
+            "with save_pretrained where it was made"
         )

@@ -1,5 +1,6 @@
 """Reports as a page that loads nothing, and as Markdown."""
 
+import re
 from collections.abc import Sequence
 from html import escape
 
@@ -36,7 +37,12 @@ def html_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, best: int 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """The same in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(map(markdown_cell, line)) + " |" for line in lines)
+
+
+def markdown_cell(text: str) -> str:
+    """A text without what would end its cell or its row."""
+    return re.sub(r"\s+", " ", text).replace("|", "\\|")
 
 
 _PAGE = """<!doctype html>

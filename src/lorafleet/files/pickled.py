@@ -1,5 +1,7 @@
 """``lorafleet adapters convert``: an adapter that was saved by ``torch.save(adapter.state_dict())``, as safetensors."""
 
+import json
+import os
 import re
 import subprocess
 import sys
@@ -9,23 +11,30 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor
 
 from lorafleet.config.load import load_sections
 from lorafleet.config.use import ConvertConfig
 from lorafleet.errors import AdapterError, ConfigError, raise_all
 from lorafleet.files.adapter import CONFIG, save_adapter
+from lorafleet.files.adapter_tensors import in_order
 from lorafleet.files.manifest import read_json
 from lorafleet.files.peft_config import from_peft
 from lorafleet.lora.targets import PREFIX
 from lorafleet.models.digest import sha256_file
 
+_READER = Path(__file__).resolve().with_name("unpickle.py")
 _LIMIT_SECONDS = 600
 _FACTOR = re.compile(
-    r"(?P<module>.+)\.(?P<factor>lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)(\.(?P<name>\w+?))??(\.weight)?"
+    r"(?P<module>.+)\.(?P<factor>lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)(\.(?P<name>[^.]+?))??(\.weight)?"
 )
-_SAVED = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<name>\w+)\.(?P<parameter>.+)")
+_SAVED = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<name>[^.]+)\.(?P<parameter>.+)")
+# What Python and torch need to start and find their files. The reading process gets nothing else, above all no tokens.
+_ENVIRONMENT = (
+    *("PATH", "HOME", "LANG", "LC_ALL", "LC_CTYPE", "SYSTEMROOT", "APPDATA", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH"),
+    *("PYTHONHOME", "PYTHONPATH", "PYTHONUSERBASE", "PYTHONNOUSERSITE", "KMP_DUPLICATE_LIB_OK"),
+)
 
 
 @dataclass(frozen=True)
@@ -66,40 +75,66 @@ def convert(file: str, /, **knobs: Any) -> ConvertResult:
         faults.append(f"{output_dir} is not empty; give another --output-dir")
     raise_all(ConfigError, faults, "the adapter cannot be converted")
     peft = read_json(config_file.parent, config_file.name)
-    found = _tensors_of(source)
-    tensors = _as_saved(found, peft.get("modules_to_save") or ())
+    whole = peft.get("modules_to_save") or ()
+    found, left_out = _tensors_of(source, whole)
+    tensors = _as_saved(found, whole, peft.get("bias"))
     config, faults = from_peft(peft, tensors)
     if not tensors:
-        faults.append(f"{source} has no tensors of LoRA; it has {', '.join(list(found)[:3])} …")
+        faults.append(f"{source} has no tensors of LoRA; it has {', '.join([*found, *left_out][:3])} …")
     raise_all(AdapterError, faults, f"{source} cannot be converted")
     assert config is not None  # it is None only with faults
     base = where.base or peft.get("base_model_name_or_path") or ""
     origin = {"converted_from": {"file": source.name, "sha256": sha256_file(source)}}
     save_adapter(output_dir, config, tensors, base_name=base, base_revision=peft.get("revision"), metadata=origin)
-    return ConvertResult(str(output_dir), len(tensors), len(found) - len(tensors))
+    return ConvertResult(str(output_dir), len(tensors), len(found) + len(left_out) - len(tensors))
 
 
-def _tensors_of(source: Path) -> dict[str, Tensor]:
-    """The tensors of a pickled file, read by another process."""
+def _tensors_of(source: Path, whole: Collection[str]) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors of a pickled file that can be the adapter's, and the names of the others."""
     with tempfile.TemporaryDirectory(prefix="lorafleet-") as folder:
         target = Path(folder) / "tensors"
-        command = [sys.executable, "-m", "lorafleet.files.unpickle", str(source.resolve()), str(target)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_LIMIT_SECONDS)
-        except subprocess.TimeoutExpired as error:
-            raise AdapterError(f"{source} was not read within {_LIMIT_SECONDS} seconds") from error
-        if done.returncode or not target.exists():
-            why = done.stderr.strip().splitlines() or [f"the reading process ended with {done.returncode}"]
-            raise AdapterError(f"{source} is refused, nothing of it was run: {why[-1]}")
-        return load_file(target)
+        _read_apart(source, target, whole)
+        with safe_open(target, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+            return tensors, json.loads(file.metadata()["left_out"])
 
 
-def _as_saved(found: dict[str, Tensor], whole: Collection[str]) -> dict[str, Tensor]:
+def _read_apart(source: Path, target: Path, whole: Collection[str]) -> None:
+    """Have another process read the pickled file.
+
+    ``-P`` and an empty current folder keep it from importing modules that lie beside the file.
+    """
+    command = [sys.executable, "-P", str(_READER), str(source.resolve()), str(target)]
+    try:
+        done = subprocess.run(
+            command,
+            cwd=target.parent,
+            env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
+            input=json.dumps(whole),
+            capture_output=True,
+            text=True,
+            timeout=_LIMIT_SECONDS,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise AdapterError(f"{source} was not read within {_LIMIT_SECONDS} seconds") from error
+    if done.returncode < 0:
+        raise AdapterError(
+            f"{source} was not read: the reading process ran out of memory or was killed (signal {-done.returncode}); "
+            "free memory, or save the adapter without its base where it was made"
+        )
+    if done.returncode or not target.exists():
+        why = done.stderr.strip().splitlines() or [f"the reading process ended with {done.returncode}"]
+        reason = "".join(filter(str.isprintable, why[-1]))  # a file's names can hold commands to the terminal
+        raise AdapterError(f"{source} is refused, nothing of it was run: {reason}")
+
+
+def _as_saved(found: dict[str, Tensor], whole: Collection[str], bias: object) -> dict[str, Tensor]:
     """An adapter's tensors under the names that PEFT gives them in files: without the adapter's name.
 
     Args:
         found: The file's tensors.
         whole: Names of modules that the adapter has whole.
+        bias: PEFT's choice of the biases that were trained.
     """
     tensors, names = dict[str, Tensor](), set[str]()
     for name, tensor in found.items():
@@ -108,14 +143,20 @@ def _as_saved(found: dict[str, Tensor], whole: Collection[str]) -> dict[str, Ten
             key = f"{match['module']}.{match['factor']}{ending}"
         elif match := _SAVED.fullmatch(name):
             key = f"{match['module']}.{match['parameter']}"
-        elif {*name.split(".")} & {*whole} and ".original_module." not in name:
-            key, match = name, None
+        elif ".original_module." not in name and ({*name.split(".")} & {*whole} or _is_trained_bias(name, bias)):
+            key = name
         else:
             continue
-        names.add((match and match["name"]) or "default")
+        if match:
+            names.add(match["name"] or "default")
         tensors[key if key.startswith(PREFIX) else PREFIX + key] = tensor
     _check_one(names)
-    return tensors
+    return in_order(tensors)
+
+
+def _is_trained_bias(name: str, bias: object) -> bool:
+    """Whether PEFT trains and saves a bias: those of the adapted modules, or every one."""
+    return (bias == "all" and name.endswith(".bias")) or (bias == "lora_only" and name.endswith(".base_layer.bias"))
 
 
 def _check_one(names: Iterable[str]) -> None:

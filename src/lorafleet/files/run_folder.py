@@ -2,7 +2,6 @@
 
 import logging
 import platform
-import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -21,6 +20,7 @@ from lorafleet.files.checkpoint import MANIFEST as CHECKPOINT_MANIFEST
 from lorafleet.files.checkpoint import load_checkpoint, newest_checkpoint
 from lorafleet.files.manifest import MANIFEST
 from lorafleet.files.method import METHOD, METHOD_WEIGHTS
+from lorafleet.files.page import markdown_cell, markdown_table
 from lorafleet.models.machine import package_versions
 
 logger = logging.getLogger(__name__)
@@ -236,10 +236,10 @@ def model_card(
     held_out = [[name, _number(metrics_before.get(name)), _number(metrics.get(name))] for name in names]
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
-        f"# {_cell(title)}",
+        f"# {markdown_cell(title)}",
         f"{_WHAT.get(kind, f'A {kind} adapter for')} `{base}`, trained with lorafleet {made_by['lorafleet']}.",
-        "## Held-out results\n\n" + _table(["", "base", kind], held_out) if held_out else "",
-        "## What it is\n\n" + _table(["", ""], [[name, _number(value)] for name, value in rows.items()]),
+        "## Held-out results\n\n" + markdown_table(["", "base", kind], held_out) if held_out else "",
+        "## What it is\n\n" + markdown_table(["", ""], [[name, _number(value)] for name, value in rows.items()]),
         "## Use it\n\n" + _use(kind, base),
         f"Python {made_by['python']}, " + ", ".join(f"{k} {v}" for k, v in made_by["packages"].items() if v) + ".",
     ]
@@ -272,15 +272,6 @@ from transformers import AutoModelForCausalLM
 
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "path/to/this/folder")
 ```"""
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
-
-
-def _cell(text: str) -> str:
-    return re.sub(r"\s+", " ", text).replace("|", "\\|")
 
 
 def _number(value: object) -> str:

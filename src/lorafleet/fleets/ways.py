@@ -7,7 +7,6 @@ from pathlib import Path
 
 from lorafleet.errors import LorafleetError
 from lorafleet.files.adapter import WEIGHTS, load_adapter
-from lorafleet.files.manifest import MANIFEST
 from lorafleet.fleets.measure import Rivals
 from lorafleet.fleets.members import FleetMember
 from lorafleet.fleets.result import MemberResult, Way
@@ -69,7 +68,7 @@ def _combined(
 ) -> Way:
     name, scores = f"combined by {how}", dict[str, float]()
     try:
-        if (folder / MANIFEST).exists():  # of adapters that may have been trained again since
+        if folder.is_dir():  # of adapters that may have been trained again since, or left by a process that was killed
             shutil.rmtree(folder)
         combine([str(member.folder) for member in members], combination=how, output_dir=str(folder))
         for member in members:
