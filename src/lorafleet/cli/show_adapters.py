@@ -1,6 +1,7 @@
 """How the registry's results are shown to people, on stdout."""
 
 from collections.abc import Iterable, Mapping
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -24,7 +25,7 @@ def add(result: "Version") -> None:
     verdict = f"rejected: {result.rejected}" if result.rejected else None
     put(
         f"{result.label} is revision {result.revision[:12]}, {size(result.size)}",
-        *([verdict] if verdict else [f"Use it: lorafleet generate --adapter {result.label} --prompt ..."]),
+        *([verdict] if verdict else [f"Use it: lorafleet generate --adapter {quote(result.label)} --prompt ..."]),
     )
 
 
