@@ -118,6 +118,13 @@ def measured_with(monkeypatch: pytest.MonkeyPatch, change: Any, only: int = 0, t
     monkeypatch.setattr("lorafleet.fleets.measure.measure", changed)
 
 
+def lost(scores: dict[str, float], predictions: list[dict[str, Any]]) -> dict[str, float]:
+    """A measurement that comes to no number."""
+    for one in predictions:
+        one["loss_sum"] = math.nan
+    return scores | {"loss": math.nan}
+
+
 def test_one_that_cannot_be_measured_fails_alone(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     def no_numbers(scores: dict[str, float], predictions: list[dict[str, Any]]) -> dict[str, float]:
         raise ModelError("the logits are not numbers")
@@ -136,11 +143,6 @@ def test_a_loss_that_is_no_number_is_rejected_and_read_again(
     place: Path,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def lost(scores: dict[str, float], predictions: list[dict[str, Any]]) -> dict[str, float]:
-        for one in predictions:
-            one["loss_sum"] = math.nan
-        return scores | {"loss": math.nan}
-
     measured_with(monkeypatch, lost)
     users = {"data": str(place / "users.jsonl")}
     knobs = settings(place, "nan-users", users=users, shared="none", gate={"metric": "loss", **ANY})
@@ -159,11 +161,6 @@ def test_a_rival_whose_loss_is_no_number_is_read_again(
     place: Path,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def lost(scores: dict[str, float], predictions: list[dict[str, Any]]) -> dict[str, float]:
-        for one in predictions:
-            one["loss_sum"] = math.nan
-        return scores | {"loss": math.nan}
-
     measured_with(monkeypatch, lost, only=BASE_ONLY, task="chat")
     rows = [{"user": user, "prompt": f"say {i}", "completion": "yes"} for user in ("ann", "bob") for i in range(9)]
     write(place / "asked.jsonl", rows)

@@ -175,6 +175,15 @@ def trained(config: LoraConfig, arch: str = "llama") -> dict[str, Tensor]:
     return bank.state_dict(0)
 
 
+def answers_as_alone(bank: LoraBank, slot: int, config: LoraConfig) -> None:
+    """A slot's adapter answers as on a base of its own."""
+    with bank.route(Routing((slot,), (24,))):
+        found = logits(bank.model)
+    alone = tiny_model("llama")
+    LoraBank(alone, 1).load(0, config, trained(config))
+    torch.testing.assert_close(found, logits(alone), rtol=1e-6, atol=1e-6)
+
+
 def test_an_adapter_that_is_refused_leaves_nothing_in_its_slot() -> None:
     model = tiny_model("llama")
     before = logits(model)
@@ -189,11 +198,7 @@ def test_an_adapter_that_is_refused_leaves_nothing_in_its_slot() -> None:
     # Once the adapter with a copy of the head has left, the other may come.
     bank.remove(0)
     bank.load(0, TARGETS_HEAD, trained(TARGETS_HEAD))
-    with bank.route(Routing((0,), (24,))):
-        found = logits(model)
-    alone = tiny_model("llama")
-    LoraBank(alone, 1).load(0, TARGETS_HEAD, trained(TARGETS_HEAD))
-    torch.testing.assert_close(found, logits(alone), rtol=1e-6, atol=1e-6)
+    answers_as_alone(bank, 0, TARGETS_HEAD)
     with bank.disabled():
         assert torch.equal(logits(model), before)
 
@@ -207,11 +212,7 @@ def test_a_module_may_be_saved_once_nobody_adapts_it() -> None:
         bank.load(1, SAVES_HEAD, trained(SAVES_HEAD))
     bank.remove(0)
     bank.load(1, SAVES_HEAD, trained(SAVES_HEAD))
-    with bank.route(Routing((1,), (24,))):
-        found = logits(model)
-    alone = tiny_model("llama")
-    LoraBank(alone, 1).load(0, SAVES_HEAD, trained(SAVES_HEAD))
-    torch.testing.assert_close(found, logits(alone), rtol=1e-6, atol=1e-6)
+    answers_as_alone(bank, 1, SAVES_HEAD)
     with bank.disabled():
         assert torch.equal(logits(model), before)
 
