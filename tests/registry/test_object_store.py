@@ -118,7 +118,7 @@ def test_a_store_that_is_gone_is_an_error_of_the_registry(
     registry.add(adapter_folder(tmp_path / "run"), "reviews")
     store.kill()
     store.wait()
-    with pytest.raises(RegistryError, match="cannot write to the registry, bucket/adapters/"):
+    with pytest.raises(RegistryError, match="cannot read the registry, bucket/adapters/registry.id"):
         registry.add(adapter_folder(tmp_path / "other", 1), "reviews")
     with pytest.raises(RegistryError, match="cannot list the registry, bucket/adapters/blobs: "):
         verify(registry)
