@@ -4,7 +4,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from lorafleet.errors import RegistryError
@@ -87,8 +87,8 @@ class Folders:
         except FileNotFoundError:
             return not path.parent.is_dir()  # a gc has taken the folder meanwhile
 
-    def _names(self) -> Iterator[str]:
-        return iter(sorted(os.listdir(self.path)) if self.path.is_dir() else [])
+    def _names(self) -> list[str]:
+        return sorted(os.listdir(self.path)) if self.path.is_dir() else []
 
     def _aside(self, revision: str) -> Path:
         return self.path / f".{revision[:16]}.{secrets.token_hex(4)}.tmp"
