@@ -8,7 +8,7 @@ import pytest
 from lorafleet.errors import CheckpointError, ConfigError, DataError
 from lorafleet.fleets.run import fleet
 from lorafleet.registry.registry import Registry
-from tests.fleets.test_run import KNOBS, by_name, place, settings, tasks, user_rows, write  # noqa: F401  # a fixture
+from tests.fleets.given import KNOBS, by_name, settings, tasks, user_rows, write
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def _nothing_trains(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_nothing_trains")
 @pytest.mark.parametrize("gate", [{"metric": "accuracy"}, {"at_least": {"macro_f1": 0.5}}])
-def test_a_gate_by_labels_needs_labels(place: Path, gate: dict[str, Any]) -> None:  # noqa: F811
+def test_a_gate_by_labels_needs_labels(place: Path, gate: dict[str, Any]) -> None:
     two = {name: tasks(place)[name] for name in ("moods", "chat")}
     with pytest.raises(
         ConfigError,
@@ -31,7 +31,7 @@ def test_a_gate_by_labels_needs_labels(place: Path, gate: dict[str, Any]) -> Non
     assert "moods" not in str(error.value)
 
 
-def test_an_adapter_of_a_mixture_is_judged_by_its_loss(place: Path) -> None:  # noqa: F811
+def test_an_adapter_of_a_mixture_is_judged_by_its_loss(place: Path) -> None:
     moods = tasks(place)["moods"]
     knobs = {"tasks": {"a": moods, "b": moods | {"seed": 3}}, "shared": "plain"}
     knobs["gate"] = {"metric": "accuracy", "at_least": {"accuracy": 0.0}}
@@ -41,7 +41,7 @@ def test_an_adapter_of_a_mixture_is_judged_by_its_loss(place: Path) -> None:  # 
 
 
 @pytest.mark.usefixtures("_nothing_trains")
-def test_a_module_is_saved_whole_or_adapted(place: Path) -> None:  # noqa: F811
+def test_a_module_is_saved_whole_or_adapted(place: Path) -> None:
     whole = tasks(place)["moods"] | {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
     adapts = tasks(place)["chat"] | {"target_modules": ["q_proj", "lm_head"]}
     large = tasks(place)["moods"] | {"r": 500}
@@ -58,7 +58,7 @@ def test_a_module_is_saved_whole_or_adapted(place: Path) -> None:  # noqa: F811
 
 
 @pytest.mark.usefixtures("_nothing_trains")
-def test_the_shared_adapter_stands_beside_the_tasks(place: Path) -> None:  # noqa: F811
+def test_the_shared_adapter_stands_beside_the_tasks(place: Path) -> None:
     whole = tasks(place)["moods"] | {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
     defaults = KNOBS | {"target_modules": ["q_proj", "lm_head"]}
     knobs = settings(place, "saved-shared", tasks={"a": whole, "b": whole}, shared="plain", defaults=defaults)
@@ -68,7 +68,7 @@ def test_the_shared_adapter_stands_beside_the_tasks(place: Path) -> None:  # noq
 
 @pytest.mark.usefixtures("_nothing_trains")
 @pytest.mark.parametrize("rival", ["better_than", "not_worse_than"])
-def test_a_gate_names_a_shared_adapter_that_is_trained(place: Path, rival: str) -> None:  # noqa: F811
+def test_a_gate_names_a_shared_adapter_that_is_trained(place: Path, rival: str) -> None:
     gate, users = {rival: ["shared"]}, {"data": str(place / "users.jsonl")}
     one = {"moods": tasks(place)["moods"]}
     with pytest.raises(ConfigError, match="moods: the gate names shared, which is not trained; set shared: plain"):
@@ -81,7 +81,7 @@ def test_a_gate_names_a_shared_adapter_that_is_trained(place: Path, rival: str) 
 
 
 @pytest.mark.usefixtures("_nothing_trains")
-def test_rows_are_not_deleted_before_they_are_read(place: Path) -> None:  # noqa: F811
+def test_rows_are_not_deleted_before_they_are_read(place: Path) -> None:
     source = place / "within" / "rows" / "ratings.jsonl"
     source.parent.mkdir(parents=True)
     write(source, user_rows({"ann": "good", "bob": "bad"}))
@@ -96,14 +96,14 @@ def test_rows_are_not_deleted_before_they_are_read(place: Path) -> None:  # noqa
 
 @pytest.mark.usefixtures("_nothing_trains")
 @pytest.mark.parametrize("shared", ["keyed", "both"])
-def test_a_key_needs_a_prompt(place: Path, shared: str) -> None:  # noqa: F811
+def test_a_key_needs_a_prompt(place: Path, shared: str) -> None:
     write(place / "lines.jsonl", [{"user": user, "text": f"{user} {i}"} for user in ("ann", "bob") for i in range(6)])
     users = {"data": str(place / "lines.jsonl")}
     with pytest.raises(ConfigError, match=f"shared = {shared}: plain text has no prompt .*; take plain or none"):
         fleet(settings(place, "lines", users=users, shared=shared))
 
 
-def test_plain_text_has_one_shared_adapter(place: Path) -> None:  # noqa: F811
+def test_plain_text_has_one_shared_adapter(place: Path) -> None:
     write(place / "lines.jsonl", [{"user": user, "text": f"{user} {i}"} for user in ("ann", "bob") for i in range(6)])
     users = {"data": str(place / "lines.jsonl")}
     found = by_name(fleet(settings(place, "text-lines", users=users, gate={"not_worse_than": []})))
@@ -116,7 +116,7 @@ def test_plain_text_has_one_shared_adapter(place: Path) -> None:  # noqa: F811
 
 
 @pytest.mark.usefixtures("_nothing_trains")
-def test_a_warm_start_needs_the_shared_adapter(place: Path) -> None:  # noqa: F811
+def test_a_warm_start_needs_the_shared_adapter(place: Path) -> None:
     good = user_rows({"bob": "bad"}, 3)
     (place / "cold").mkdir()
     write(place / "cold" / "train.jsonl", [{"user": "ann", "text": "no label"}, *user_rows({"ann": "good"}, 2), *good])
@@ -127,7 +127,7 @@ def test_a_warm_start_needs_the_shared_adapter(place: Path) -> None:  # noqa: F8
         fleet(settings(place, "cold-run", users={"data": str(place / "cold")}, **knobs))
 
 
-def test_a_task_does_not_start_from_users_rows(place: Path) -> None:  # noqa: F811
+def test_a_task_does_not_start_from_users_rows(place: Path) -> None:
     users = {"data": str(place / "users.jsonl")}
     one = {"chat": tasks(place)["chat"], "moods": tasks(place)["moods"]}  # of another r than the users, and of theirs
     knobs = {"users": users, "tasks": one, "shared": "plain", "warm_start": True, "gate": {"not_worse_than": []}}
@@ -143,7 +143,7 @@ def test_a_task_does_not_start_from_users_rows(place: Path) -> None:  # noqa: F8
     assert found["moods"].scores["own"]["loss"] == pytest.approx(scores["own"]["loss"], rel=1e-4)
 
 
-def test_names_that_differ_in_case_only_have_folders_that_do_not(place: Path) -> None:  # noqa: F811
+def test_names_that_differ_in_case_only_have_folders_that_do_not(place: Path) -> None:
     two = {name: tasks(place)["moods"] for name in ("moods", "Moods")}
     fleet(settings(place, "case", tasks=two, keep=False))
     assert len({folder.name.lower() for folder in (place / "case" / "adapters").iterdir()}) == 2

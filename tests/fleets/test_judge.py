@@ -16,12 +16,12 @@ from lorafleet.fleets.result import FleetResult
 from lorafleet.fleets.run import fleet
 from lorafleet.lora import BASE_ONLY
 from lorafleet.registry.registry import Registry
-from tests.fleets.test_run import KNOBS, by_name, place, settings, tasks, write  # noqa: F401  # place is a fixture
+from tests.fleets.given import KNOBS, by_name, settings, tasks, write
 
 ANY = {"not_worse_than": []}
 
 
-def two(place: Path, **changes: Any) -> dict[str, Any]:  # noqa: F811
+def two(place: Path, **changes: Any) -> dict[str, Any]:
     """A task with labels, to which the changes go, and after it one without."""
     return {"moods": tasks(place)["moods"] | changes, "chat": tasks(place)["chat"]}
 
@@ -30,7 +30,7 @@ def statuses(result: FleetResult) -> dict[str, str]:
     return {one.name: one.status for one in result.members}
 
 
-def test_a_changed_gate_judges_again_and_leaves_the_alias(place: Path) -> None:  # noqa: F811
+def test_a_changed_gate_judges_again_and_leaves_the_alias(place: Path) -> None:
     knobs = settings(place, "again", tasks=two(place), gate=ANY)
     assert statuses(fleet(knobs)) == {"moods": "passed", "chat": "passed"}
     strict = knobs | {"tasks": two(place, gate={"at_most": {"loss": 0.01}})}
@@ -45,7 +45,7 @@ def test_a_changed_gate_judges_again_and_leaves_the_alias(place: Path) -> None: 
 
 
 @pytest.mark.parametrize("change", ["alias", "registry"])
-def test_a_verdict_is_kept_where_it_is_asked_for(place: Path, change: str) -> None:  # noqa: F811
+def test_a_verdict_is_kept_where_it_is_asked_for(place: Path, change: str) -> None:
     knobs = settings(place, f"moved-{change}", tasks=two(place), gate=ANY)
     fleet(knobs)
     changed = knobs | {change: {"alias": "staging", "registry": str(place / "elsewhere")}[change]}
@@ -59,7 +59,7 @@ def put_in_use(registry: Registry, name: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("what", ["missing", "of other shapes", "of other layers", "of another base"])
-def test_what_is_in_use_and_cannot_be_measured_is_told(place: Path, what: str) -> None:  # noqa: F811
+def test_what_is_in_use_and_cannot_be_measured_is_told(place: Path, what: str) -> None:
     run = f"use {what}".replace(" ", "-")
     knobs = settings(place, run, gate=ANY)
     registry = Registry(knobs["registry"], create=True)
@@ -87,12 +87,12 @@ def test_what_is_in_use_and_cannot_be_measured_is_told(place: Path, what: str) -
     assert alone.members[0].scores == result["moods"].scores, "nothing of it stays in a slot"
 
 
-def test_a_first_version_has_no_prod_to_beat(place: Path) -> None:  # noqa: F811
+def test_a_first_version_has_no_prod_to_beat(place: Path) -> None:
     result = fleet(settings(place, "first", tasks=two(place), gate={"better_than": ["prod"], "not_worse_than": []}))
     assert statuses(result) == {"moods": "passed", "chat": "passed"} and not result.members[0].notes
 
 
-def test_a_shared_adapter_that_failed_is_told(place: Path) -> None:  # noqa: F811
+def test_a_shared_adapter_that_failed_is_told(place: Path) -> None:
     calm = {key: KNOBS[key] for key in ("learning_rate", "max_steps")} | {"max_grad_norm": 1.0}
     members = {name: task | calm for name, task in two(place).items()}
     members["moods"] |= {"gate": {"better_than": ["shared"]}}
@@ -125,7 +125,7 @@ def lost(scores: dict[str, float], predictions: list[dict[str, Any]]) -> dict[st
     return scores | {"loss": math.nan}
 
 
-def test_one_that_cannot_be_measured_fails_alone(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_one_that_cannot_be_measured_fails_alone(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_numbers(scores: dict[str, float], predictions: list[dict[str, Any]]) -> dict[str, float]:
         raise ModelError("the logits are not numbers")
 
@@ -140,7 +140,7 @@ def test_one_that_cannot_be_measured_fails_alone(place: Path, monkeypatch: pytes
 
 
 def test_a_loss_that_is_no_number_is_rejected_and_read_again(
-    place: Path,  # noqa: F811
+    place: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     measured_with(monkeypatch, lost)
@@ -158,7 +158,7 @@ def test_a_loss_that_is_no_number_is_rejected_and_read_again(
 
 
 def test_a_rival_whose_loss_is_no_number_is_read_again(
-    place: Path,  # noqa: F811
+    place: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     measured_with(monkeypatch, lost, only=BASE_ONLY, task="chat")
@@ -170,7 +170,7 @@ def test_a_rival_whose_loss_is_no_number_is_read_again(
         assert {*statuses(result).values()} == {"passed"} and result.pooled_gains.keys() == {"shared"}
 
 
-def test_a_key_that_makes_rows_too_long_is_told(place: Path) -> None:  # noqa: F811
+def test_a_key_that_makes_rows_too_long_is_told(place: Path) -> None:
     users = ("an", "bo", "a name that is long")
     longer = {"an": ["say 1 and then 2 and"]}
     (place / "long").mkdir()

@@ -14,51 +14,11 @@ from lorafleet.errors import AdapterError, ConfigError, DataError, Interrupted, 
 from lorafleet.files.adapter import load_adapter
 from lorafleet.files.atomic import write_new_file
 from lorafleet.files.checkpoint import load_checkpoint, newest_checkpoint
-from lorafleet.fleets.result import FleetResult, MemberResult
 from lorafleet.fleets.run import fleet
 from lorafleet.registry.registry import Registry
 from lorafleet.registry.upkeep import verify
 from lorafleet.training.run import train
-from tests.tiny import tiny_base_folder
-
-KNOBS = {"r": 2, "learning_rate": 1e-2, "per_device_train_batch_size": 2, "max_steps": 3}
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base, two tasks and some users."""
-    folder = tmp_path_factory.mktemp("fleet")
-    tiny_base_folder(folder / "base", "llama")
-    write(folder / "moods.jsonl", [{"text": f"the day {i}", "label": ("good", "bad")[i % 2]} for i in range(20)])
-    write(folder / "chat.jsonl", [{"prompt": f"what is {i}?", "completion": f"it is {i}"} for i in range(12)])
-    write(folder / "broken.jsonl", [{"text": "a", "label": "good"}, {"text": "b"}])
-    write(folder / "users.jsonl", user_rows({"ann": "good", "bob": "bad", "cy/7": "good"}))
-    return folder
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def user_rows(moods: dict[str, str], count: int = 6) -> list[dict[str, Any]]:
-    return [{"user": user, "text": f"the day {i}", "label": mood} for user, mood in moods.items() for i in range(count)]
-
-
-def settings(place: Path, name: str, **changes: Any) -> dict[str, Any]:
-    top = {"model": str(place / "base"), "output_dir": str(place / name), "registry": str(place / name / "registry")}
-    return top | {"defaults": KNOBS, "population_size": 2} | changes
-
-
-def tasks(place: Path) -> dict[str, Any]:
-    return {
-        "moods": {"data": str(place / "moods.jsonl"), "valid_fraction": 0.2},
-        "chat": {"data": str(place / "chat.jsonl"), "valid_fraction": 0.2, "r": 4, "seed": 7},
-        "broken": {"data": str(place / "broken.jsonl"), "valid_fraction": 0.2},
-    }
-
-
-def by_name(result: FleetResult) -> dict[str, MemberResult]:
-    return {one.name: one for one in result.members}
+from tests.fleets.given import KNOBS, by_name, settings, tasks, user_rows, write
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:

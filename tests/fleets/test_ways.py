@@ -11,7 +11,7 @@ from lorafleet.files.adapter import load_adapter
 from lorafleet.files.manifest import MANIFEST
 from lorafleet.fleets.mixture import shares
 from lorafleet.fleets.run import fleet
-from tests.fleets.test_run import place, settings, tasks  # noqa: F401  # place is a fixture
+from tests.fleets.given import settings, tasks
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def test_how_often_each_task_comes(mixture: str, temperature: float, wanted: lis
     assert sum(found) == 100 and sorted(found, reverse=True) == wanted
 
 
-def test_every_way_is_measured_on_every_task(place: Path) -> None:  # noqa: F811
+def test_every_way_is_measured_on_every_task(place: Path) -> None:
     two = {name: tasks(place)[name] for name in ("moods", "chat")}
     knobs = {
         "shared": "plain",
@@ -59,7 +59,7 @@ def test_every_way_is_measured_on_every_task(place: Path) -> None:  # noqa: F811
     assert again.ways == result.ways
 
 
-def test_a_way_has_the_size_of_its_own_adapter_and_is_made_of_this_run(place: Path) -> None:  # noqa: F811
+def test_a_way_has_the_size_of_its_own_adapter_and_is_made_of_this_run(place: Path) -> None:
     two = {name: tasks(place)[name] | {"r": 4} for name in ("chat", "moods")}
     two["moods"]["rank_pattern"] = {"q_proj": 2}
     knobs = settings(place, "sizes", tasks=two, shared="plain", combine=["cat", "linear"], gate={"not_worse_than": []})
@@ -75,7 +75,7 @@ def test_a_way_has_the_size_of_its_own_adapter_and_is_made_of_this_run(place: Pa
     assert any(not torch.equal(first[name], second[name]) for name in first)
 
 
-def test_what_cannot_be_is_told(place: Path) -> None:  # noqa: F811
+def test_what_cannot_be_is_told(place: Path) -> None:
     two = {"shared": tasks(place)["moods"], "chat": tasks(place)["chat"]}
     with pytest.raises(ConfigError, match=r"(?s)tasks have shared = plain.*cannot be called shared"):
         fleet(settings(place, "wrong", tasks=two, shared="keyed"))
