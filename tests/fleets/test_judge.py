@@ -139,10 +139,7 @@ def test_one_that_cannot_be_measured_fails_alone(place: Path, monkeypatch: pytes
     assert statuses(fleet(knobs, resume_from_checkpoint=True)) == {"moods": "passed", "chat": "passed"}
 
 
-def test_a_loss_that_is_no_number_is_rejected_and_read_again(
-    place: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_loss_that_is_no_number_is_rejected_and_read_again(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured_with(monkeypatch, lost)
     users = {"data": str(place / "users.jsonl")}
     knobs = settings(place, "nan-users", users=users, shared="none", gate={"metric": "loss", **ANY})
@@ -157,10 +154,7 @@ def test_a_loss_that_is_no_number_is_rejected_and_read_again(
         )
 
 
-def test_a_rival_whose_loss_is_no_number_is_read_again(
-    place: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_rival_whose_loss_is_no_number_is_read_again(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured_with(monkeypatch, lost, only=BASE_ONLY, task="chat")
     rows = [{"user": user, "prompt": f"say {i}", "completion": "yes"} for user in ("ann", "bob") for i in range(9)]
     write(place / "asked.jsonl", rows)
