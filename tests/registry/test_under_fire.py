@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -131,6 +132,13 @@ def kill_after(pieces: int, then: float, work: Callable[[int], None]) -> int:
     return exit_code(process)
 
 
+def check_versions(registry: Registry) -> None:
+    for version in registry.versions():
+        assert all(registry.blobs.has(digest) for digest in version.files.values()), version.label
+        assert not (version.aliases and version.rejected)
+        assert {path.name for path in registry.folder(version).iterdir()} == set(version.files)
+
+
 @pytest.mark.parametrize("kills", [40, pytest.param(200, marks=pytest.mark.slow)])
 def test_kills_at_any_instant(opened: Callable[[], Registry], tmp_path: Path, kills: int) -> None:
     folders = [adapter_folder(tmp_path / str(seed), seed) for seed in range(12)]
@@ -140,14 +148,49 @@ def test_kills_at_any_instant(opened: Callable[[], Registry], tmp_path: Path, ki
         work = partial(work_until_killed, opened, folders, kill)
         assert kill_after(kill % 8, dice.uniform(0.0, 0.04), work) == -signal.SIGKILL  # 0: while it opens the registry
         registry = opened()
-        for version in registry.versions():
-            assert all(registry.blobs.has(digest) for digest in version.files.values()), version.label
-            assert not (version.aliases and version.rejected)
-            assert {path.name for path in registry.folder(version).iterdir()} == set(version.files)
+        check_versions(registry)
     found = verify(registry)
     assert len(registry.history("one")) > 3 and found.versions > 2 and found.aliases > 0, "next to nothing was done"
     gc(registry)
     verify(registry)
+
+
+@pytest.mark.parametrize(
+    ("work", "after"),
+    [
+        (lambda registry, folder: registry.add(folder, "one"), ["one:1", "one:2", "one:3", "one:4"]),
+        (lambda registry, folder: registry.folder(registry.find("one:2")), ["one:1", "one:2", "one:3"]),
+        (lambda registry, folder: gc(registry, keep=2), ["one:2", "one:3"]),
+    ],
+    ids=["add", "folder", "gc"],
+)
+def test_a_kill_at_every_change_of_the_disk(
+    tmp_path: Path, work: Callable[[Registry, Path], Any], after: list[str]
+) -> None:
+    start = Registry(str(tmp_path / "start"), create=True)
+    for number in (1, 2, 3):
+        start.add(adapter_folder(tmp_path / str(number), number), "one")
+    start.folder(start.find("one:1"))
+    folder, code, kills = adapter_folder(tmp_path / "new", 4), -signal.SIGKILL, 0
+
+    def until(kill: int, place: Path) -> None:
+        registry = Registry(str(place))
+        with failing_disk(kill, None):
+            work(registry, folder)
+
+    while code == -signal.SIGKILL:
+        kills += 1
+        place = shutil.copytree(tmp_path / "start", tmp_path / f"killed-{kills}")
+        code = exit_code(in_process(partial(until, kills, place)))
+        registry = Registry(str(place))
+        assert [version.label for version in registry.versions()] in (["one:1", "one:2", "one:3"], after)
+        registry.add(tmp_path / "1", "again")  # its files and folder may be half deleted
+        check_versions(registry)
+        verify(registry)
+        work(registry, folder)
+        assert [version.label for version in registry.versions("one")] == after
+        verify(registry)
+    assert code == 0 and kills > 5
 
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO])
