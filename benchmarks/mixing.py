@@ -51,9 +51,14 @@ class Led(Request):
     "--data", default="sample:movie_polarity", show_default=True, help="Rows whose beginnings are the prompts."
 )
 @click.option(
-    "--requests", "count", default=32, show_default=True, help="They go to the base and the adapters in turn."
+    "--requests",
+    "count",
+    type=click.IntRange(1),
+    default=32,
+    show_default=True,
+    help="They go to the base and the adapters in turn.",
 )
-@click.option("--new-tokens", default=24, show_default=True, help="Of each answer.")
+@click.option("--new-tokens", type=click.IntRange(1), default=24, show_default=True, help="Of each answer.")
 def main(adapters: Sequence[str], model: str, data: str, count: int, new_tokens: int) -> None:
     """Answer requests to ADAPTERS (folders) and their base alone and together, and compare."""
     try:
@@ -70,11 +75,13 @@ def compare(adapters: Sequence[str], model: str, data: str, count: int, new_toke
     """
     base = load_base(ModelConfig(model_name_or_path=model, device="cpu", dtype="float32"))
     residents, source = Residents(base, len(adapters), check_base=True), AdapterSource(base, RegistryConfig())
-    found = [residents.bring_in(source.find(name)) for name in adapters]
-    slots = list(islice(cycle([-1, *(one.slot for one in found if one is not None)]), count))
-    prompts = [
-        row["input_ids"][: 8 + 3 * (i % 12)] for i, row in enumerate(tokenized_rows(data, base.tokenizer)[:count])
-    ]
+    taken = [-1]
+    for name in adapters:
+        resident = residents.bring_in(source.find(name))
+        assert resident is not None, "there is a slot for each"
+        taken.append(resident.slot)
+    slots, rows_of_data = list(islice(cycle(taken), count)), cycle(tokenized_rows(data, base.tokenizer))
+    prompts = [row["input_ids"][: 8 + 3 * (i % 12)] for i, row in enumerate(islice(rows_of_data, count))]
 
     def run(rows: int, gap: int, requests: Sequence[Led]) -> list[Tensor]:
         decoder = Decoder(base, residents.bank, rows)
@@ -92,8 +99,8 @@ def compare(adapters: Sequence[str], model: str, data: str, count: int, new_toke
     alone = [Led(prompt, slot, new_tokens) for prompt, slot in zip(prompts, slots, strict=True)]
     wanted = run(1, 0, alone)
     largest = max(float(one.abs().max()) for one in wanted)
-    print(f"{count} requests to {len(adapters)} adapters and the base, {new_tokens} tokens each")
-    print(f"largest logit {largest:.1f}")
+    click.echo(f"{count} requests to {len(adapters)} adapters and the base, {new_tokens} tokens each")
+    click.echo(f"largest logit {largest:.1f}")
     for number, (rows, gap) in enumerate(WAYS):
         order = random.Random(number).sample(range(count), count)
         led = [Led(prompts[i], slots[i], new_tokens, alone[i].answer) for i in order]
@@ -104,10 +111,10 @@ def compare(adapters: Sequence[str], model: str, data: str, count: int, new_toke
             for i, one in zip(order, logits, strict=True)
             for k in (one.argmax(1) != torch.tensor(alone[i].answer)).nonzero().flatten().tolist()
         ]
-        print(
+        click.echo(
             f"{rows} rows, {gap} steps between: logits at most {apart[-1]:.1e} apart, median {apart[count // 2]:.1e}, "
             f"{sum(one > 1e-4 for one in apart)} above 1e-4; {len(others)} tokens of {count * new_tokens} are others, "
-            f"{sum(gap < NEAR for gap in others)} of them nearer than {NEAR}"
+            f"{sum(one < NEAR for one in others)} of them nearer than {NEAR}"
         )
 
 
