@@ -113,7 +113,8 @@ def compare(adapters: Sequence[str], model: str, data: str, count: int, new_toke
         ]
         click.echo(
             f"{rows} rows, {gap} steps between: logits at most {apart[-1]:.1e} apart, median {apart[count // 2]:.1e}, "
-            f"{sum(one > 1e-4 for one in apart)} above 1e-4; {len(others)} tokens of {count * new_tokens} are others, "
+            f"{sum(one > 1e-4 for one in apart)} above 1e-4, {apart.count(0)} of {count} requests the same to the bit; "
+            f"{len(others)} tokens of {count * new_tokens} are others, "
             f"{sum(one < NEAR for one in others)} of them nearer than {NEAR}"
         )
 

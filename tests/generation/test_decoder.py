@@ -43,11 +43,12 @@ def solo(base: Base, bank: LoraBank, request: Recorded) -> Tensor:
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("step_tokens", [1024, 3])
+@pytest.mark.parametrize(("step_tokens", "piece_tokens"), [(1024, 64), (3, 2)])
 def test_teacher_forced_logits_equal_the_whole_sequence(
-    arch: str, step_tokens: int, monkeypatch: pytest.MonkeyPatch
+    arch: str, step_tokens: int, piece_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "STEP_TOKENS", step_tokens)
+    monkeypatch.setattr(module, "PIECE_TOKENS", piece_tokens)
     monkeypatch.setattr(module, "_FIRST_CAPACITY", 4)
     base = tiny_base(arch)
     bank = trained_bank(base)
@@ -66,6 +67,46 @@ def test_teacher_forced_logits_equal_the_whole_sequence(
     for request in requests:
         wanted = solo(base, bank, request)
         assert (torch.stack(request.logits) - wanted).abs().max() < 1e-9 * wanted.abs().max()
+
+
+@pytest.mark.usefixtures("one_order")
+@pytest.mark.parametrize(
+    ("arch", "heads"), [("llama", (6, 2)), ("qwen2", (8, 2)), ("gemma", (4, 1)), ("gpt_neox", (6, 6))]
+)
+def test_logits_are_the_same_to_the_bit_alone_and_among_others(
+    arch: str, heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorafleet.lora.packed._fastest_width", lambda: 16)
+    # PyTorch multiplies matrices of fewer than 400 products by another kernel: heads of 32 have more.
+    shape = {"hidden_size": 32 * heads[0], "intermediate_size": 160, "num_attention_heads": heads[0]}
+    own = {} if arch == "gpt_neox" else {"num_key_value_heads": heads[1], "head_dim": 32}
+    base = tiny_base(arch, torch.float32, **shape, **own)
+    bank = trained_bank(base, (8, 5, 16))
+    random = torch.Generator().manual_seed(4)
+    lengths = (1, 2, 5, 17, 64, 65, 130, 240, 20, 20)
+    prompts = [torch.randint(3, 300, (length,), generator=random).tolist() for length in lengths]
+    prompts.append([*prompts[7][:150], 9])  # goes on from what another has read
+    answers = torch.randint(3, 300, (len(prompts), 18), generator=random).tolist()
+    slots = [0, 0, -1, 1, 2, 0, 1, 0, -1, 2, 0]
+
+    def run(rows: int, gap: int, order: Sequence[int]) -> list[Tensor]:
+        requests = [Recorded(prompts[i], slots[i], answers[i]) for i in order]
+        decoder = Decoder(base, bank, rows)
+        decoder.speed_up()
+        for request in requests:
+            decoder.submit(request)
+            for _ in range(gap):
+                decoder.step()
+        while decoder.busy:
+            decoder.step()
+        return [torch.stack(request.logits) for request in requests]
+
+    alone = [run(1, 0, [i])[0] for i in range(len(prompts))]
+    shuffled = [torch.randperm(len(prompts), generator=random).tolist() for _ in range(3)]
+    ways = [(1, 0, [7, 10]), *zip((4, 4, 11), (0, 3, 1), shuffled, strict=True)]
+    for rows, gap, order in ways:
+        for i, logits in zip(order, run(rows, gap, order), strict=True):
+            assert torch.equal(logits, alone[i]), (rows, gap, i)
 
 
 def test_prepared_weights_change_rounding_only() -> None:
@@ -101,7 +142,8 @@ def test_weights_may_be_prepared_while_requests_run() -> None:
         assert torch.allclose(torch.stack(request.logits), logits, rtol=1e-4, atol=1e-4)
 
 
-def test_a_row_goes_on_from_what_it_has_read_for_the_same_owner() -> None:
+def test_a_row_goes_on_from_what_it_has_read_for_the_same_owner(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PIECE_TOKENS", 4)
     base = tiny_base()
     bank = trained_bank(base)
     decoder = Decoder(base, bank, 2)
@@ -114,9 +156,9 @@ def test_a_row_goes_on_from_what_it_has_read_for_the_same_owner() -> None:
 
     first = answer(Recorded(PROMPTS[1], 0, [7, 8, 9]))
     longer = Recorded([*first.prompt, 7, 8, 20, 21], 0, [5, 6])
-    assert decoder.rows[0].common(longer) == len(first.prompt) + 2
+    assert decoder.rows[0].common(longer) == len(first.prompt) == 8  # an answer is not read in pieces
     again = Recorded(PROMPTS[1], 0, [7, 8, 9])
-    assert decoder.rows[0].common(again) == len(again.prompt) - 1
+    assert decoder.rows[0].common(again) == 4  # its last piece is read again, for its logits
     other = Recorded([*first.prompt, 7, 8, 20, 21], 1, [5, 6])
     assert decoder.rows[0].common(other) == 0
     for request in (longer, again, other):
@@ -149,6 +191,7 @@ def test_one_adapter_whose_logits_are_no_numbers_fails_alone() -> None:
 
 def test_what_a_request_given_up_has_read_reaches_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "STEP_TOKENS", 3)
+    monkeypatch.setattr(module, "PIECE_TOKENS", 3)
     base = tiny_base()
     bank = trained_bank(base)
     long, later = Recorded(PROMPTS[1], -1, range(7, 17)), Recorded(PROMPTS[2], -1, [7, 8])

@@ -15,7 +15,7 @@ from lorafleet.lora.functional import lora_linear_reference
 from lorafleet.lora.grouped_gemm import has_grouped_gemm
 from lorafleet.lora.layer import LoraLinear
 
-ROUTING = Routing((0, 1, -1), (4, 3, 2))
+ROUTING = Routing((0, 1, -1), (4, 3, 2), unit="rows")
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.02}
 X = torch.randn(9, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -164,20 +164,20 @@ def test_few_rows_take_prepared_calls(slots: tuple[int, ...], rows: tuple[int, .
     x = torch.randn(sum(rows), 12)
     with torch.no_grad():
         for part in (x, -2 * x):
-            with bank.route(Routing(slots, rows)):
+            with bank.route(Routing(slots, rows, unit="rows")):
                 found = model(part), model.up(part)
             both, alone = expected([model.up, model.gate], part, slots, rows), expected([model.up], part, slots, rows)
             torch.testing.assert_close(found[0], both, rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(found[1], alone, rtol=1e-5, atol=1e-5)
-        with bank.disabled():
-            for count in (5, 2):
+        for count in (5, 2):
+            with bank.route(Routing((0,), (count,), unit="rows")), bank.disabled():
                 torch.testing.assert_close(model.up(x[:1].repeat(count, 1))[-1], x[0] @ model.up.weight.T)
 
 
 @pytest.mark.usefixtures("prepared_calls_only")
 def test_a_prepared_call_refuses_an_input_of_another_width() -> None:
     model, bank, _ = prepared(torch.float32, bias=False)
-    with torch.no_grad(), bank.route(Routing((0, 1), (4, 4))):
+    with torch.no_grad(), bank.route(Routing((0, 1), (4, 4), unit="rows")):
         model(torch.zeros(8, 12))
         with pytest.raises(RuntimeError):
             model(torch.zeros(8, 13))

@@ -42,3 +42,26 @@ def test_each_segment_gets_its_slots_product(dtype: torch.dtype) -> None:
                 rows = slice(s.start, s.stop)
                 wanted[rows] = s.scaling * x[rows] @ layer.lora_A[s.slot].T @ layer.lora_B[s.slot]
             assert torch.allclose(y, wanted, rtol=1e-5 if dtype == torch.float32 else 1e-12)
+
+
+@pytest.mark.usefixtures("one_order")
+def test_a_row_gets_the_same_bits_whatever_the_others_are() -> None:
+    random = torch.Generator().manual_seed(2)
+    ranks, outs, slots = (16, 5), [576, 192, 192], torch.randint(0, 2, (32,), generator=random).sort().values.tolist()
+    low_A = [torch.randn((2, 16, 576), generator=random) for _ in outs]
+    low_B = [torch.randn((2, 16, out), generator=random) for out in outs]
+    for low in (*low_A, *low_B):
+        low[1, ranks[1] :] = 0
+    x, y = torch.randn((32, 576), generator=random), torch.randn((32, sum(outs)), generator=random)
+
+    def answered(rows: list[int]) -> torch.Tensor:
+        own = [LoraSegment(slots[row], i, i + 1, ranks[slots[row]], 0.7) for i, row in enumerate(rows)]
+        tensors = [LinearTensors(x, None, A, B, None, own) for A, B in zip(low_A, low_B, strict=True)]
+        found = y[rows]
+        MixedRows(tensors, [sum(outs)] * 3).add(x[rows], found.split(outs, dim=1))
+        return found
+
+    alone = torch.cat([answered([row]) for row in range(32)])
+    for count in range(2, 33):
+        rows = torch.randperm(32, generator=random)[:count].sort().values.tolist()
+        assert torch.equal(answered(rows), alone[rows])

@@ -1,14 +1,17 @@
 """Cached decoding of many requests together, each with its own adapter; one may join or leave at any step.
 
-A step is one flat batch: the last token of every row that is being answered, and the prompts that have just come in.
-Keys and values lie in memory that is there from the start. What a finished request has left in its row serves the next
-one that begins alike, such as the next turn of a chat.
+A step is two flat batches: pieces of the prompts that have just come in, and the last token of every row that is being
+answered. Keys and values lie in memory that is there from the start. What a finished request has left in its row serves
+the next one that begins alike, such as the next turn of a chat.
+
+What a request gets depends on the others in nothing, not even in rounding where a CPU's kernels add in one order for
+any number of rows: single tokens and pieces are different products, and a piece is by itself in attention and adapters.
 """
 
 from collections import deque
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
-from itertools import groupby
+from itertools import accumulate, groupby
 from math import isnan
 from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
@@ -30,6 +33,8 @@ from lorafleet.models.load import Base
 
 STEP_TOKENS = 1024
 """Most tokens of prompts that one step reads, so that those who wait for their next token do not wait long."""
+PIECE_TOKENS = 64
+"""Tokens of a piece, but for a prompt's last: so much is read alike wherever it is read, and can be kept."""
 _FIRST_CAPACITY = 256
 
 
@@ -43,11 +48,26 @@ class _Row:
         self.request: Request | None = None
 
     def common(self, request: Request) -> int:
-        """How many tokens of the prompt need not be read again; the last one always is, for its logits."""
+        """How many tokens of the prompt need not be read again, in whole pieces; its end always is, for its logits."""
         if self.owner != request.owner:
             return 0
         pairs = zip(self.ids, request.prompt[:-1], strict=False)
-        return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(self.ids), len(request.prompt) - 1))
+        same = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(self.ids), len(request.prompt) - 1))
+        return same // PIECE_TOKENS * PIECE_TOKENS
+
+
+class _Turn(NamedTuple):
+    """Tokens that a row reads at once, and the place of the first."""
+
+    row: _Row
+    request: Request
+    start: int
+    ids: list[int]
+
+    @property
+    def ends(self) -> bool:
+        """Whether the request's next token is known after it."""
+        return self.start + len(self.ids) == len(self.request.prompt) + len(self.request.answer)
 
 
 class _Look(NamedTuple):
@@ -146,7 +166,7 @@ class Decoder:
                 row.owner = object()
 
     def step(self) -> list[Request]:
-        """Read prompts that have come in, and give every other row its next token.
+        """Read prompts that have come in, and give every row that has read its own the next token.
 
         Returns:
             The requests that are done.
@@ -155,19 +175,18 @@ class Decoder:
         turns = self._turns()
         if not turns:
             return failed
-        logits = self._logits(turns)
-        ready: list[tuple[int, _Row]] = []  # those whose prompt has been read to its end
-        for number, (row, ids) in enumerate(turns):
-            row.ids += ids
-            if row.request is not None and len(row.ids) == len(row.request.prompt) + len(row.request.answer):
-                ready.append((number, row))
-        self._choose(logits, ready)
-        return failed + [request for _, row in ready if (request := self._leave(row)) is not None]
+        ready = [turn for turn in turns if turn.ends]
+        logits = [found for some in self._batches(turns) if (found := self._logits(some)) is not None]
+        for turn in turns:
+            turn.row.ids += turn.ids
+        if ready:
+            self._choose(logits[0] if len(logits) == 1 else torch.cat(logits), ready)
+        return failed + [request for turn in ready if (request := self._leave(turn.row)) is not None]
 
-    def _choose(self, logits: Tensor, ready: list[tuple[int, _Row]]) -> None:
+    def _choose(self, logits: Tensor, ready: list[_Turn]) -> None:
         best, tokens = (found.tolist() for found in logits.max(dim=1))  # not a number if any of them is none
-        for number, row in ready:
-            request = row.request
+        for number, turn in enumerate(ready):
+            request = turn.row.request
             if request is None:  # the callback of one before it has given it up
                 continue
             try:
@@ -177,10 +196,11 @@ class Decoder:
                 request.fail(error)
 
     def _leave(self, row: _Row) -> Request | None:
-        """The row's request if it is done; what the row has read stays for another that begins alike."""
+        """The row's request if it is done; the pieces that the row has read stay for another that begins alike."""
         request = row.request
         if request is None or not request.done:
             return None
+        row.ids = row.ids[: len(request.prompt) // PIECE_TOKENS * PIECE_TOKENS]
         if request.error is not None:
             self.cache.clear(row.number)
             row.ids = []
@@ -208,39 +228,50 @@ class Decoder:
             row.owner, row.request = request.owner, request
         return failed
 
-    def _turns(self) -> list[tuple[_Row, list[int]]]:
-        """Each row and the tokens it reads in this step: single ones first, those of one slot side by side."""
+    def _turns(self) -> list[_Turn]:
+        """What is read in this step: pieces first, as a prompt's last may be a single token; slots side by side."""
         turns, room = [], STEP_TOKENS
         for row in self.rows:
-            if row.request is not None:
-                new = (row.request.prompt + row.request.answer)[len(row.ids) :]
-                if len(new) > 1:
-                    new = new[:room]
-                    room -= len(new)
-                if new:
-                    turns.append((row, new, row.request.slot))
-        turns.sort(key=lambda turn: (len(turn[1]) > 1, turn[2], turn[0].number))
-        return [(row, new) for row, new, _ in turns]
+            if (request := row.request) is None:
+                continue
+            ids = request.prompt + request.answer
+            for start in range(len(row.ids), len(ids), PIECE_TOKENS):
+                piece = ids[start : start + PIECE_TOKENS]
+                if len(piece) > 1:
+                    room -= len(piece)
+                if room < 0:
+                    break
+                turns.append(_Turn(row, request, start, piece))
+        return sorted(turns, key=lambda turn: (len(turn.ids) == 1, turn.request.slot, turn.row.number, turn.start))
+
+    @staticmethod
+    def _batches(turns: list[_Turn]) -> list[list[_Turn]]:
+        return [list(some) for _, some in groupby(turns, key=lambda turn: len(turn.ids) == 1)]
 
     @torch.no_grad()
-    def _logits(self, turns: list[tuple[_Row, list[int]]]) -> Tensor:
-        """The logits behind the last token of each turn, ``(turns, vocabulary)``."""
-        lengths = [len(ids) for _, ids in turns]
-        layout = CachedLayout(self.cache, [row.number for row, _ in turns], [len(row.ids) for row, _ in turns], lengths)
+    def _logits(self, turns: list[_Turn]) -> Tensor | None:
+        """The logits behind those turns that end, ``(those, vocabulary)``; none where none does."""
+        lengths = [len(turn.ids) for turn in turns]
+        rows, starts = [turn.row.number for turn in turns], [turn.start for turn in turns]
+        layout = CachedLayout(self.cache, rows, starts, lengths)
         device = self.base.device
-        ids = torch.tensor([[token for _, ids in turns for token in ids]], device=device)
+        ids = torch.tensor([[token for turn in turns for token in turn.ids]], device=device)
         inputs = flat_inputs(ids, torch.tensor([layout.positions], device=device), layout.to(device))
-        ends = torch.tensor(lengths, device=device).cumsum(0) - 1
-        slots = tuple(row.request.slot for row, _ in turns if row.request is not None)
+        ends = [last - 1 for last, turn in zip(accumulate(lengths), turns, strict=True) if turn.ends]
+        slots = tuple(turn.request.slot for turn in turns)
         with self._route(slots, tuple(lengths)):
-            if self._body is None:
-                return cast(Tensor, self.model(**inputs).logits)[0, ends]
-            hidden = self._body(**inputs)[0][0, ends]
+            found = self.model(**inputs).logits if self._body is None else self._body(**inputs)[0]
+        if not ends:
+            return None
+        found = found[0, torch.tensor(ends, device=device)]
+        if self._body is None:
+            return cast(Tensor, found)
         head = self.model.get_output_embeddings()
         if self._packed_head is not None and isinstance(head, nn.Linear):
-            return self._packed_head.linear(hidden, head.bias)
-        with self._route(slots, (1,) * len(slots)):
-            return cast(Tensor, head(hidden))
+            return self._packed_head.linear(found, head.bias, single=True)
+        ending = tuple(turn.request.slot for turn in turns if turn.ends)
+        with self._route(ending, (1,) * len(ending)):
+            return cast(Tensor, head(found))
 
     def _route(self, slots: tuple[int, ...], lengths: tuple[int, ...]) -> AbstractContextManager[None]:
         if self.bank is None:
@@ -248,7 +279,10 @@ class Decoder:
         key = (slots, lengths)
         routing = self._routings.get(key)  # the same one again lets layers keep their plans
         if routing is None:
-            runs = [(s, sum(n for _, n in run)) for s, run in groupby(zip(slots, lengths, strict=True), lambda x: x[0])]
-            routing = Routing(tuple(s for s, _ in runs), tuple(n for _, n in runs))
+            if lengths[0] > 1:
+                routing = Routing(slots, lengths)
+            else:
+                runs = [(slot, len(list(run))) for slot, run in groupby(slots)]
+                routing = Routing(tuple(s for s, _ in runs), tuple(n for _, n in runs), unit="rows")
             remember(self._routings, key, routing)
         return self.bank.route(routing)

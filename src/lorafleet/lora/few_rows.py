@@ -15,20 +15,19 @@ from torch import Tensor
 
 from lorafleet.lora.grouped_gemm import Gemms, Products, Sizes
 
-FEW = 16
-"""Rows up to which blocks can be the faster layout."""
+LEAST = 4
+"""Rows that are computed at least. From so many on oneMKL adds in one order, whatever the number of rows."""
 
 
 class FewRows:
-    """A frozen ``(out, in)`` matrix on a CPU for products of up to ``FEW`` rows.
+    """A frozen ``(out, in)`` matrix on a CPU for products of few rows.
+
+    What a row gives is the same to the bit, alone or among others, where oneMKL's kernels are made so (AVX2's are).
 
     Args:
         blocks: Its transposed columns in blocks of ``width``, one after another; the last may be narrower.
         shape: ``(out, in)``.
         width: Of a block.
-
-    Attributes:
-        starts: Where each block's columns of the result begin, in bytes.
     """
 
     def __init__(self, blocks: Tensor, shape: tuple[int, int], width: int) -> None:
@@ -36,11 +35,12 @@ class FewRows:
         out, inner = shape
         whole, rest = divmod(out, width)
         self._widths = [width] * whole + [rest] * bool(rest)
-        self.starts = np.arange(len(self._widths)) * width * blocks.element_size()
-        self._weights = blocks.data_ptr() + self.starts * inner
-        self._products: dict[tuple[int, float], Products] = {}
+        self._starts = np.arange(len(self._widths)) * width * blocks.element_size()
+        self._weights = blocks.data_ptr() + self._starts * inner
         self._gemms: dict[tuple[int, float], Gemms] = {}
-        self._lock = Lock()  # of the prepared products' places
+        self._lock = Lock()  # of the prepared products' places, and of:
+        zeros = [blocks.new_zeros(LEAST, inner) for _ in range(1, LEAST)]
+        self._padded = [(all_rows, all_rows[: i + 1]) for i, all_rows in enumerate(zeros)]
 
     @property
     def out(self) -> int:
@@ -62,34 +62,32 @@ class FewRows:
     def takes(self, x: Tensor) -> bool:
         """Whether a batch is for :meth:`linear`."""
         right = x.device.type == "cpu" and x.dtype == self._blocks.dtype and x.shape[1] == self._shape[1]
-        return right and 0 < len(x) <= FEW
+        return right and len(x) > 0
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """``x·Wᵀ + b`` for ``x (rows, in)`` that it takes."""
-        x, rows = x.contiguous(), x.shape[0]
+        asked, x = x.shape[0], x.contiguous()
+        rows = max(asked, LEAST)
         y = x.new_empty(rows, self._shape[0]) if bias is None else bias.repeat(rows, 1)
         with self._lock:
+            if asked < LEAST:
+                padded, head = self._padded[asked - 1]
+                head.copy_(x)
+                x = padded
             gemms = self._prepared(rows, 0.0 if bias is None else 1.0)
             _, inputs, results = gemms.places[0]
             inputs.fill(x.data_ptr())
-            np.add(self.starts, y.data_ptr(), out=results)
+            np.add(self._starts, y.data_ptr(), out=results)
             gemms()
-        return y
-
-    def products(self, rows: int, beta: float = 0.0) -> Products:
-        """The products for so many rows; whoever calls them writes where x is, and the result's blocks (``starts``)."""
-        known = self._products.get((rows, beta))
-        if known is None:
-            count, (out, inner) = len(self._widths), self._shape
-            inside = [inner] * count
-            # Fortran reads rows as columns: yᵀ = W·xᵀ, block by block.
-            sizes = Sizes(self._widths, [rows] * count, inside, self._widths, inside, [out] * count, [1.0] * count)
-            unknown = np.zeros_like(self._weights)
-            known = self._products[rows, beta] = Products("NN", sizes, (self._weights, unknown, unknown), beta)
-        return known
+        return y[:asked] if asked < LEAST else y
 
     def _prepared(self, rows: int, beta: float) -> Gemms:
         known = self._gemms.get((rows, beta))
         if known is None:
-            known = self._gemms[rows, beta] = Gemms([self.products(rows, beta)], self._blocks.dtype)
+            count, (out, inner) = len(self._widths), self._shape
+            inside, unknown = [inner] * count, np.zeros_like(self._weights)
+            # Fortran reads rows as columns: yᵀ = W·xᵀ, block by block.
+            sizes = Sizes(self._widths, [rows] * count, inside, self._widths, inside, [out] * count, [1.0] * count)
+            products = Products("NN", sizes, (self._weights, unknown, unknown), beta)
+            known = self._gemms[rows, beta] = Gemms([products], self._blocks.dtype)
         return known

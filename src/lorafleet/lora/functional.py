@@ -36,10 +36,10 @@ def lora_linear_reference(x: Tensor, layer: LinearTensors) -> Tensor:
     return torch.cat([*parts, y[end:]])
 
 
-def base_products(x: Tensor, layers: Sequence[LinearTensors]) -> tuple[Tensor, ...]:
-    """Each layer's ``x·Wᵀ + b``."""
+def base_products(x: Tensor, layers: Sequence[LinearTensors], *, single: bool = False) -> tuple[Tensor, ...]:
+    """Each layer's ``x·Wᵀ + b``; ``single`` as in ``PackedWeight.linear``."""
     return tuple(
-        layer.packed.linear(x, layer.bias) if layer.packed else F.linear(x, layer.weight, layer.bias)
+        layer.packed.linear(x, layer.bias, single=single) if layer.packed else F.linear(x, layer.weight, layer.bias)
         for layer in layers
     )
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from lorafleet.lora.dense_rows import DenseRows, takes_dense_rows
-from lorafleet.lora.few_rows import FEW
 from lorafleet.lora.functional import add_bias, base_products, lora_linears
 from lorafleet.lora.mixed_rows import MixedRows, takes_mixed_rows
 from lorafleet.lora.packed import PackedWeight, pack
@@ -33,9 +32,9 @@ class JointWeight(NamedTuple):
     bias: Tensor | None
     widths: list[int]
 
-    def products(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Each layer's ``x·Wᵀ + b``, columns of one tensor."""
-        found: tuple[Tensor, ...] = self.packed.linear(x, self.bias).split_with_sizes(self.widths, dim=1)
+    def products(self, x: Tensor, *, single: bool) -> tuple[Tensor, ...]:
+        """Each layer's ``x·Wᵀ + b``, columns of one tensor; ``single`` as in ``PackedWeight.linear``."""
+        found: tuple[Tensor, ...] = self.packed.linear(x, self.bias, single=single).split_with_sizes(self.widths, dim=1)
         return found
 
 
@@ -60,6 +59,7 @@ class Plan:
         tokens: Of the batch.
         lower: The precision that autocast asks for.
         laid: The router's segments, by which the batch is known again.
+        single: Whether each token is another row's; what a row gets does not depend on the others then.
         state: What else it depends on.
     """
 
@@ -69,9 +69,10 @@ class Plan:
         tokens: int,
         lower: torch.dtype | None,
         laid: object,
+        single: bool,
         state: tuple[object, ...],
     ) -> None:
-        self.laid, self.state = laid, state
+        self.laid, self.single, self.state = laid, single, state
         self.segments = active_segments(layers, tokens)
         self.parts = [layer.tensors([layer.segment(s) for s in self.segments], lower) for layer in layers]
         self.drops = any(s.dropout for part in self.parts for s in part.segments)
@@ -96,26 +97,23 @@ class Plan:
             joint: The layers' weights as one.
             first: The first of the layers.
         """
-        rows = x.shape[0]  # len() of a tensor goes through Python
-        if rows <= FEW and (y := self._quickly(x, joint)) is not None:
+        if self.single and (y := self._quickly(x, joint)) is not None:
             return (y,) if joint is None else y.split_with_sizes(joint.widths, dim=1)
-        one = len(self.segments) == 1 and self.segments[0].stop - self.segments[0].start == rows
         mixed = self._mixes(x)
+        one = [(s.start, s.stop) for s in self.segments] == [(0, x.shape[0])]
         dense = self._dense(x, first) if self.ranked and not mixed else None
         if self.segments and not (mixed or one or dense):
             return lora_linears(x, self.parts)
-        found = base_products(x, self.parts) if joint is None else joint.products(x)
+        single = self.single
+        found = base_products(x, self.parts, single=single) if joint is None else joint.products(x, single=single)
         if dense is not None:
             dense.add(x, found)
-        elif one:
-            for y, layer in zip(found, self.parts, strict=True):
-                slot, rank, scaling = layer.segments[0].slot, layer.segments[0].rank, layer.segments[0].scaling
-                low_A, low_B = layer.lora_A[slot, :rank].to(x.dtype), layer.lora_B[slot, :rank].to(x.dtype)
-                y.addmm_(x @ low_A.T, low_B, alpha=scaling)
-        elif self.segments:
+        elif mixed and single:
             if self.mixed is None:
                 self.mixed = MixedRows(self.parts, [y.stride(0) for y in found])
             self.mixed.add(x, found)
+        else:
+            self._add_each(x, found)
         for y, layer in zip(found, self.parts, strict=True):
             add_bias(y, layer)
         return found
@@ -136,7 +134,15 @@ class Plan:
         if not self.segments:
             return partial(few.linear, bias=None)
         strides = [few.out] * len(self.parts)
-        return MixedRows(self.parts, strides, (few, x.shape[0])).answers if self._mixes(x) else None
+        return MixedRows(self.parts, strides, few).answers if self._mixes(x) else None
+
+    def _add_each(self, x: Tensor, outputs: Sequence[Tensor]) -> None:
+        """Each segment by itself: grouped products add in an order that depends on the other segments."""
+        for y, layer in zip(outputs, self.parts, strict=True):
+            for s in layer.segments:
+                if s.rank:
+                    low_A, low_B = (low[s.slot, : s.rank].to(x.dtype) for low in (layer.lora_A, layer.lora_B))
+                    y[s.start : s.stop].addmm_(x[s.start : s.stop] @ low_A.T, low_B, alpha=s.scaling)
 
     def _mixes(self, x: Tensor) -> bool:
         return self.ranked and takes_mixed_rows(x, self.parts)
@@ -167,10 +173,11 @@ def _plan_for(layers: Sequence[LoraLinear], x: Tensor, tokens: int, lower: torch
     first = layers[0]
     router = first.router
     laid = router.segments(tokens) if router.enabled else ()
-    state = (router.version, len(layers), first.training, x.dtype, lower)
+    single = router.routing is not None and router.routing.single(tokens)
+    state = (router.version, len(layers), first.training, x.dtype, lower, single)
     known = first.plans.get(id(laid))
     if known is None or known.laid is not laid or known.state != state:
-        known = Plan(layers, tokens, lower, laid, state)
+        known = Plan(layers, tokens, lower, laid, single, state)
         if known.kept:
             remember(first.plans, id(laid), known)
     return known

@@ -47,13 +47,16 @@ class PackedWeight:
 
         self._few = None if width is None else FewRows.of(weight.detach(), width)
 
-    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """``x·Wᵀ + b`` for ``x (rows, in)``."""
-        few = self.few(x)
+    def linear(self, x: Tensor, bias: Tensor | None, *, single: bool = False) -> Tensor:
+        """``x·Wᵀ + b`` for ``x (rows, in)``; ``single`` rows by the layout for few, if there is one.
+
+        It is not for the number of rows to say: what a row gives would depend on it.
+        """
+        few = self.few(x) if single else None
         return _product(x, self._forward, bias) if few is None else few.linear(x, bias)
 
     def few(self, x: Tensor) -> FewRows | None:
-        """The layout for few rows, if there is one and ``x (rows, in)`` is for it."""
+        """The layout for few rows, if there is one and it takes ``x (rows, in)``."""
         return self._few if self._few is not None and self._few.takes(x) else None
 
     def input_gradient(self, grad: Tensor, onto: Tensor | None = None) -> Tensor:

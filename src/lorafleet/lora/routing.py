@@ -72,6 +72,10 @@ class Routing:
             start += length * scale
         return tuple(segments)
 
+    def single(self, tokens: int) -> bool:
+        """Whether each of so many tokens is another row's: a step of decoding."""
+        return self.unit == "rows" and tokens == sum(self.lengths)
+
     def of(self, tokens: Tensor) -> "Routing":
         """The routing of some tokens, one at least and ascending; without dropout, whose masks go by segments."""
         ends = torch.tensor([0, *accumulate(self.lengths)])

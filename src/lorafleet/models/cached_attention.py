@@ -12,6 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+_PIECE = 128
+"""Tokens whose values are summed in one product: of more, oneMKL's order depends on how many there are."""
+_STEP = 16
+"""Rows with one new token look at a multiple of so many tokens: those behind a row's end weigh nothing."""
+
 
 class KeyValueCache:
     """Keys and values of ``rows`` sequences of up to ``capacity`` tokens, for every layer that asks.
@@ -21,13 +26,14 @@ class KeyValueCache:
     """
 
     def __init__(self, rows: int, capacity: int) -> None:
-        self.rows, self.capacity = rows, capacity
+        self.rows, self.capacity = rows, _rounded_up(capacity)
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def grow(self, capacity: int) -> None:
         """Make room for longer sequences; what is there is kept, also where memory ends in the middle."""
         if capacity <= self.capacity:
             return
+        capacity = _rounded_up(capacity)
         for number, both in self.layers.items():
             self.layers[number] = tuple(self._longer(tensor, capacity) for tensor in both)  # type: ignore[assignment]
         self.capacity = capacity
@@ -113,9 +119,20 @@ class CachedLayout:
         for row, start, length in list(zip(self.rows, self.starts, self.lengths, strict=True))[self.ones :]:
             q = query[begin : begin + length].transpose(0, 1)[None]
             k, v = keys[row : row + 1, :, : start + length], values[row : row + 1, :, : start + length]
-            parts.append(_sequence(q, k, v, start, scaling, window))
+            parts.append(_sequence(q, k, v, self._seen(start, start + length, window), scaling))
             begin += length
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _seen(self, start: int, stop: int, window: int | None) -> Tensor | None:
+        """What each new token of a row sees, ``(stop - start, stop)``; none where that is all up to itself."""
+        if not start and (window is None or window >= stop):
+            return None
+        known: dict[tuple[int, int, int | None], Tensor] = self.__dict__.setdefault("_views", {})
+        if (start, stop, window) not in known:
+            positions = torch.arange(stop, device=self._where[1].device)
+            distance = positions[start:, None] - positions
+            known[start, stop, window] = (distance >= 0) & (distance < (window or stop))
+        return known[start, stop, window]
 
     def _one_each(
         self, query: Tensor, keys: Tensor, values: Tensor, scaling: float | None, window: int | None
@@ -131,7 +148,11 @@ class CachedLayout:
         k, v = (t[first:stop, :, :longest].flatten(0, 1) for t in (keys, values))
         mask, scale = self._mask(window, q, kv_heads), dim**-0.5 if scaling is None else scaling
         scores = torch.baddbmm(mask, q, k.mT, beta=1, alpha=scale)
-        out = torch.bmm(scores.softmax(dim=-1), v).reshape(stop - first, -1, v.shape[2])
+        weights = scores.softmax(dim=-1)
+        out = torch.bmm(weights[:, :, :_PIECE], v[:, :_PIECE])
+        for start in range(_PIECE, longest, _PIECE):
+            out.baddbmm_(weights[:, :, start : start + _PIECE], v[:, start : start + _PIECE])
+        out = out.reshape(stop - first, -1, v.shape[2])
         return out if order is None else out.index_select(0, order)
 
     @cached_property
@@ -139,7 +160,7 @@ class CachedLayout:
         """First and last + 1 of the rows with one new token, their longest, and where each lies if not in order."""
         rows = self.rows[: self.ones]
         first, stop = min(rows), max(rows) + 1
-        longest = max(self.starts[: self.ones]) + 1
+        longest = _rounded_up(max(self.starts[: self.ones]) + 1)
         in_order = rows == list(range(first, stop))
         return first, stop, longest, None if in_order else self._where[0][: self.ones] - first
 
@@ -157,20 +178,17 @@ class CachedLayout:
         return known[window, kv_heads]
 
 
-def _sequence(
-    query: Tensor, keys: Tensor, values: Tensor, start: int, scaling: float | None, window: int | None
-) -> Tensor:
+def _rounded_up(tokens: int) -> int:
+    return -(-tokens // _STEP) * _STEP
+
+
+def _sequence(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
     """Attention of one row's new tokens ``(1, heads, new, dim)`` over all its ``(1, kv_heads, start + new, dim)``.
 
     Returns:
         ``(new, heads, dim)``.
     """
-    new, total = query.shape[2], keys.shape[2]
-    mask: Tensor | None = None
-    if start or (window is not None and window < total):
-        distance = torch.arange(start, total, device=query.device)[:, None] - torch.arange(total, device=query.device)
-        mask = (distance >= 0) & (distance < (window or total))
-    gqa = query.shape[1] != keys.shape[1]
+    new, gqa = query.shape[2], query.shape[1] != keys.shape[1]
     options: dict[str, Any] = {"attn_mask": mask, "is_causal": mask is None and new > 1, "scale": scaling}
     out: Tensor = scaled_dot_product_attention(query, keys, values, enable_gqa=gqa, **options)
     return out[0].transpose(0, 1)

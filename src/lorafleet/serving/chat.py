@@ -8,7 +8,7 @@ from lorafleet.serving.pool import AdapterPool, Reply
 
 
 class Chat:
-    """A conversation. What has been read of it is not read again as long as one adapter answers.
+    """A conversation. While one adapter answers, what it has read of it is not read again but for its last turn.
 
     Args:
         pool: Who answers.
