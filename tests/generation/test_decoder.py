@@ -1,6 +1,6 @@
 """Requests that join and leave a decoding equal their solo runs, token by token and in their logits."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -109,9 +109,10 @@ def test_logits_are_the_same_to_the_bit_alone_and_among_others(
             assert torch.equal(logits, alone[i]), (rows, gap, i)
 
 
-def test_prepared_weights_change_rounding_only() -> None:
-    base = tiny_base(dtype=torch.float32)
-    bank = trained_bank(base)
+@pytest.mark.parametrize(("arch", "bias"), [("llama", "none"), ("phi", "all")])  # a trained bias at phi's output head
+def test_prepared_weights_change_rounding_only(arch: str, bias: str) -> None:
+    base = tiny_base(arch, torch.float32)
+    bank = trained_bank(base, bias=bias)
     requests = [Recorded(p, s, [7, 8, 9, 10]) for p, s in zip(PROMPTS, SLOTS, strict=True)]
     wanted = [solo(base, bank, request) for request in requests]
     decoder = Decoder(base, bank, 5)
@@ -166,6 +167,83 @@ def test_a_row_goes_on_from_what_it_has_read_for_the_same_owner(monkeypatch: pyt
         assert torch.allclose(torch.stack(request.logits), wanted, rtol=1e-9)
     decoder.forget(0)
     assert all(row.common(Recorded(PROMPTS[1], 0, [7])) == 0 for row in decoder.rows)
+
+
+def test_a_long_prompt_does_not_keep_others_from_their_next_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "STEP_TOKENS", 4)
+    monkeypatch.setattr(module, "PIECE_TOKENS", 4)
+    base = tiny_base()
+    decoder = Decoder(base, None, 3)
+    long, short, next_long = (
+        Recorded(range(3, 23), -1, [7]),
+        Recorded([5], -1, range(7, 17)),
+        Recorded(range(8), -1, [7]),
+    )
+    for request in (long, short, next_long):
+        decoder.submit(request)
+    for step in range(1, 8):
+        decoder.step()
+        assert len(short.answer) == step
+        assert (long.done, next_long.done) == (step >= 5, step >= 7)
+
+
+class Calling(Recorded):
+    """Calls back after each token."""
+
+    def __init__(self, *own: object, back: Callable[[], object]) -> None:
+        super().__init__(*own)  # type: ignore[arg-type]
+        self.back = back
+
+    def take(self, token: int) -> None:
+        super().take(token)
+        self.back()
+
+
+def test_after_an_interrupt_all_go_on() -> None:
+    base = tiny_base()
+    bank = trained_bank(base)
+    interrupts = [KeyboardInterrupt, KeyboardInterrupt]
+
+    def interrupted() -> None:
+        if interrupts:
+            raise interrupts.pop()
+
+    first, second, third = (Recorded(PROMPTS[i], -1, [7] * (1 + 3 * i)) for i in range(3))
+    loud = Calling(PROMPTS[3], -1, [7, 8, 9], back=interrupted)
+    decoder = Decoder(base, bank, 4)
+    for request in (first, loud, second, third):
+        decoder.submit(request)
+    finished: list[Request] = []
+    while decoder.busy:
+        try:
+            finished += decoder.step()
+        except KeyboardInterrupt:
+            assert first.done and first not in finished
+    assert {id(request) for request in finished} == {id(request) for request in (first, second, third, loud)}
+    for request in (first, second, third, loud):
+        assert torch.allclose(torch.stack(request.logits), solo(base, bank, request), rtol=1e-9)
+
+
+def test_who_comes_into_a_row_in_a_callback_takes_none_of_its_tokens() -> None:
+    base = tiny_base()
+    bank = trained_bank(base)
+    decoder = Decoder(base, bank, 2)
+
+    def back() -> None:
+        if given_up in [row.request for row in decoder.rows]:
+            decoder.cancel(given_up)
+            decoder.submit(new)
+            decoder.step()
+
+    caller = Calling(PROMPTS[0], 0, [7, 8, 9, 10], back=back)
+    given_up, new = Recorded(PROMPTS[1], 1, [7, 8]), Recorded(PROMPTS[4], 1, [7, 8, 9])
+    decoder.submit(caller)
+    decoder.submit(given_up)
+    while decoder.busy:
+        decoder.step()
+    for request in (caller, new):
+        assert torch.allclose(torch.stack(request.logits), solo(base, bank, request), rtol=1e-9)
+    assert not given_up.answer
 
 
 def test_one_adapter_whose_logits_are_no_numbers_fails_alone() -> None:

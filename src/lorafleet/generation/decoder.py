@@ -4,8 +4,9 @@ A step is two flat batches: pieces of the prompts that have just come in, and th
 answered. Keys and values lie in memory that is there from the start. What a finished request has left in its row serves
 the next one that begins alike, such as the next turn of a chat.
 
-What a request gets depends on the others in nothing, not even in rounding where a CPU's kernels add in one order for
-any number of rows: single tokens and pieces are different products, and a piece is by itself in attention and adapters.
+What layers with slots give a request depends on the others in nothing, after ``speed_up`` not even in rounding where a
+CPU's kernels add in one order for any number of rows: single tokens and pieces are different products, and a piece is
+by itself in attention and adapters.
 """
 
 from collections import deque
@@ -173,39 +174,40 @@ class Decoder:
         """
         failed = self._admit()
         turns = self._turns()
-        if not turns:
-            return failed
-        ready = [turn for turn in turns if turn.ends]
         logits = [found for some in self._batches(turns) if (found := self._logits(some)) is not None]
         for turn in turns:
-            turn.row.ids += turn.ids
-        if ready:
-            self._choose(logits[0] if len(logits) == 1 else torch.cat(logits), ready)
-        return failed + [request for turn in ready if (request := self._leave(turn.row)) is not None]
+            if not turn.ends:
+                turn.row.ids += turn.ids
+        if logits:
+            self._choose(logits[0] if len(logits) == 1 else torch.cat(logits), [turn for turn in turns if turn.ends])
+        return failed + self._leave()
 
     def _choose(self, logits: Tensor, ready: list[_Turn]) -> None:
         best, tokens = (found.tolist() for found in logits.max(dim=1))  # not a number if any of them is none
         for number, turn in enumerate(ready):
-            request = turn.row.request
-            if request is None:  # the callback of one before it has given it up
+            request = turn.request
+            if turn.row.request is not request:  # the callback of one before it has given it up
                 continue
             try:
                 greedy = request.greedy and not isnan(best[number])
-                request.take(tokens[number] if greedy else request.choose(logits[number]))
+                token = tokens[number] if greedy else request.choose(logits[number])
+                turn.row.ids += turn.ids  # with its token: whom an interrupt keeps from it reads this again
+                request.take(token)
             except Exception as error:  # of its logits or its caller's callback: told to its caller, the others go on
                 request.fail(error)
 
-    def _leave(self, row: _Row) -> Request | None:
-        """The row's request if it is done; the pieces that the row has read stay for another that begins alike."""
-        request = row.request
-        if request is None or not request.done:
-            return None
-        row.ids = row.ids[: len(request.prompt) // PIECE_TOKENS * PIECE_TOKENS]
-        if request.error is not None:
-            self.cache.clear(row.number)
-            row.ids = []
-        row.request = None
-        return request
+    def _leave(self) -> list[Request]:
+        """The requests that are done; the pieces that their rows have read stay for others that begin alike."""
+        done = []
+        for row in self.rows:
+            if (request := row.request) is not None and request.done:
+                row.ids = row.ids[: len(request.prompt) // PIECE_TOKENS * PIECE_TOKENS]
+                if request.error is not None:
+                    self.cache.clear(row.number)
+                    row.ids = []
+                row.request = None
+                done.append(request)
+        return done
 
     def _admit(self) -> list[Request]:
         """Give waiting requests the free rows: one that has read the beginning already, else the first.
@@ -232,16 +234,16 @@ class Decoder:
         """What is read in this step: pieces first, as a prompt's last may be a single token; slots side by side."""
         turns, room = [], STEP_TOKENS
         for row in self.rows:
-            if (request := row.request) is None:
+            if (request := row.request) is None or request.done:  # an interrupt has kept it from leaving
                 continue
-            ids = request.prompt + request.answer
-            for start in range(len(row.ids), len(ids), PIECE_TOKENS):
-                piece = ids[start : start + PIECE_TOKENS]
-                if len(piece) > 1:
-                    room -= len(piece)
-                if room < 0:
-                    break
-                turns.append(_Turn(row, request, start, piece))
+            ids, begin = request.prompt + request.answer, len(row.ids)
+            end = begin
+            while (size := min(PIECE_TOKENS, len(ids) - end)) > 0 and (size == 1 or size <= room):
+                end += size
+                room -= size if size > 1 else 0
+            # On a GPU bits depend on the number of rows, and each call costs more than its arithmetic.
+            step = PIECE_TOKENS if self.base.device.type == "cpu" else max(1, end - begin)
+            turns += [_Turn(row, request, i, ids[i : min(i + step, end)]) for i in range(begin, end, step)]
         return sorted(turns, key=lambda turn: (len(turn.ids) == 1, turn.request.slot, turn.row.number, turn.start))
 
     @staticmethod
@@ -267,7 +269,7 @@ class Decoder:
         if self._body is None:
             return cast(Tensor, found)
         head = self.model.get_output_embeddings()
-        if self._packed_head is not None and isinstance(head, nn.Linear):
+        if self._packed_head is not None and isinstance(head, nn.Linear) and not head._forward_hooks:
             return self._packed_head.linear(found, head.bias, single=True)
         ending = tuple(turn.request.slot for turn in turns if turn.ends)
         with self._route(ending, (1,) * len(ending)):

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorafleet.lora.grouped_gemm import Gemms, Products, Sizes
+from lorafleet.lora.grouped_gemm import Gemms, Sizes
 
 LEAST = 4
 """Rows that are computed at least. From so many on oneMKL adds in one order, whatever the number of rows."""
@@ -75,7 +75,7 @@ class FewRows:
                 head.copy_(x)
                 x = padded
             gemms = self._prepared(rows, 0.0 if bias is None else 1.0)
-            _, inputs, results = gemms.places[0]
+            _, inputs, results = gemms.places
             inputs.fill(x.data_ptr())
             np.add(self._starts, y.data_ptr(), out=results)
             gemms()
@@ -85,9 +85,9 @@ class FewRows:
         known = self._gemms.get((rows, beta))
         if known is None:
             count, (out, inner) = len(self._widths), self._shape
-            inside, unknown = [inner] * count, np.zeros_like(self._weights)
+            inside = [inner] * count
+            places = self._weights, np.zeros_like(self._weights), np.zeros_like(self._weights)
             # Fortran reads rows as columns: yᵀ = W·xᵀ, block by block.
             sizes = Sizes(self._widths, [rows] * count, inside, self._widths, inside, [out] * count, [1.0] * count)
-            products = Products("NN", sizes, (self._weights, unknown, unknown), beta)
-            known = self._gemms[rows, beta] = Gemms([products], self._blocks.dtype)
+            known = self._gemms[rows, beta] = Gemms("NN", sizes, places, beta, self._blocks.dtype)
         return known

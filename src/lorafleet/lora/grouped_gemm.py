@@ -58,48 +58,32 @@ class Sizes(NamedTuple):
     alpha: Sequence[float]
 
 
-class Products:
-    """Products ``C = alpha·M·V + beta·C`` in Fortran's order, each of its own size.
+class Gemms:
+    """Products ``C = alpha·M·V + beta·C`` in Fortran's order, each of its own size, in one call.
 
     Args:
         letters: Whether M and V are transposed.
         sizes: Of each product; those of the same sizes in a row are one group of oneMKL's.
-        places: Addresses of each product's M, V and C.
+        places: Addresses of each product's M, V and C, read at each call.
         beta: 1 adds to C.
-    """
-
-    def __init__(self, letters: str, sizes: Sizes, places: tuple[Numbers, Numbers, Numbers], beta: float) -> None:
-        self.places = places
-        same = groupby(zip(*sizes, strict=True))
-        self.groups = [(*key, *letters, beta, len(list(products))) for key, products in same]
-
-
-class Gemms:
-    """Products in one call.
-
-    Args:
-        parts: The products, one at least.
         dtype: Of all of them.
-
-    Attributes:
-        places: Of each part the addresses of M, V and C, read at each call.
     """
 
-    def __init__(self, parts: Sequence[Products], dtype: torch.dtype) -> None:
-        groups = [group for part in parts for group in part.groups]
+    def __init__(
+        self, letters: str, sizes: Sizes, places: tuple[Numbers, Numbers, Numbers], beta: float, dtype: torch.dtype
+    ) -> None:
+        groups = [(*key, len(list(same))) for key, same in groupby(zip(*sizes, strict=True))]
         count = len(groups)
         number, real = ctypes.c_int64 * count, _REALS[dtype] * count
-        m, n, k, of_m, of_v, of_c, alphas, of_M, of_V, betas, same = zip(*groups, strict=True)
+        m, n, k, of_m, of_v, of_c, alphas, same = zip(*groups, strict=True)
         function = _gemm_function(dtype)
         assert function is not None
-        whole = [np.concatenate([part.places[i] for part in parts]) for i in range(3)]
-        ends = np.cumsum([len(part.places[0]) for part in parts])[:-1]
-        self.places = list(zip(*(np.split(addresses, ends) for addresses in whole), strict=True))
-        self._function, self._whole = function, whole  # held, as the arguments are addresses only
-        at_m, at_v, at_c = (addresses.ctypes.data for addresses in whole)
+        of_M, of_V = (letter.encode() * count for letter in letters)
+        self.places, self._function = places, function  # held, as the arguments are addresses only
+        at_m, at_v, at_c = (addresses.ctypes.data for addresses in places)
         self._arguments = (
-            *("".join(of_M).encode(), "".join(of_V).encode(), number(*m), number(*n), number(*k), real(*alphas)),
-            *(at_m, number(*of_m), at_v, number(*of_v), real(*betas), at_c, number(*of_c)),
+            *(of_M, of_V, number(*m), number(*n), number(*k), real(*alphas)),
+            *(at_m, number(*of_m), at_v, number(*of_v), real(*[beta] * count), at_c, number(*of_c)),
             *(ctypes.byref(ctypes.c_int64(count)), number(*same)),
         )
 
@@ -159,10 +143,9 @@ class GroupedGemms:
         )
         leading = ([of_m] * count, [of_v] * count, [of_c] * count)
         of_each = Sizes(columns, rows, inner, *leading, [alpha] * count)
-        first, second, third = starts
-        products = Products(letter_m + letter_v, of_each, (first, second, third), beta)
-        gemms = Gemms([products], operands[0].tensor.dtype)
-        return gemms, list(zip(starts, gemms.places[0], strict=True))
+        first, second, third = (each.copy() for each in starts)
+        gemms = Gemms(letter_m + letter_v, of_each, (first, second, third), beta, operands[0].tensor.dtype)
+        return gemms, list(zip(starts, gemms.places, strict=True))
 
 
 def readable(matrices: Tensor) -> Tensor:

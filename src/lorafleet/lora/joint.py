@@ -102,7 +102,7 @@ class Plan:
         mixed = self._mixes(x)
         one = [(s.start, s.stop) for s in self.segments] == [(0, x.shape[0])]
         dense = self._dense(x, first) if self.ranked and not mixed else None
-        if self.segments and not (mixed or one or dense):
+        if self.ranked and not (mixed or one or dense):
             return lora_linears(x, self.parts)
         single = self.single
         found = base_products(x, self.parts, single=single) if joint is None else joint.products(x, single=single)

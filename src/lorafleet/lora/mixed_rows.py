@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from lorafleet.lora.few_rows import FewRows
-from lorafleet.lora.grouped_gemm import Gemms, Numbers, Products, Sizes, has_grouped_gemm
+from lorafleet.lora.grouped_gemm import Gemms, Numbers, Sizes, has_grouped_gemm
 from lorafleet.lora.segments import LinearTensors
 
 _STEP = 4
@@ -67,8 +67,8 @@ class MixedRows:
         ranks, scalings = [s.rank for _, _, s in products], [s.scaling for _, _, s in products]
         down = Sizes(sums, one, inside, inside, inside, sums, [1.0] * len(products))
         up = Sizes(outs, one, ranks, outs, sums, [strides[i] for i, _, _ in products], scalings)
-        self._down = Gemms([Products("TN", down, (of_A, self._x_places, lows), 0.0)], dtype)
-        self._up = Gemms([Products("NN", up, (of_B, lows, self._y_places), 1.0)], dtype)
+        self._down = Gemms("TN", down, (of_A, self._x_places.copy(), lows), 0.0, dtype)
+        self._up = Gemms("NN", up, (of_B, lows, self._y_places.copy()), 1.0, dtype)
 
     def add(self, x: Tensor, outputs: Sequence[Tensor]) -> None:
         """Add to ``outputs (rows, out)``, one for each layer, what the slots add for ``x (rows, in)``."""
@@ -83,8 +83,8 @@ class MixedRows:
 
     def _add(self, x: Tensor, starts: Numbers | int) -> None:
         with self._lock:
-            np.add(self._x_places, x.data_ptr(), out=self._down.places[0][1])
-            np.add(self._y_places, starts, out=self._up.places[0][2])
+            np.add(self._x_places, x.data_ptr(), out=self._down.places[1])
+            np.add(self._y_places, starts, out=self._up.places[2])
             self._down()
             self._up()
 

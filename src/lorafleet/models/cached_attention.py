@@ -1,6 +1,6 @@
 """Attention of a flat batch over keys and values that are kept: the rows of a decoding, each at a place of its own.
 
-A batch of decoding has one new token of most rows, and of a row that has just come in all of its prompt. Keys and
+A batch of decoding has one new token of each row, or pieces of the prompts of those that have just come in. Keys and
 values lie in memory that is there from the start, so a step writes its own and copies nothing else.
 """
 
@@ -66,7 +66,7 @@ class CachedLayout:
     Args:
         cache: Keys and values so far; gets those of the batch.
         rows: The row of each sequence, in the order of the batch; those with one new token come first.
-        starts: How many tokens the row holds already.
+        starts: How many tokens of the row come before; those that are not in the cache come before it in the batch.
         lengths: How many tokens the batch adds to it.
     """
 

@@ -8,7 +8,7 @@ from lorafleet.serving.pool import AdapterPool, Reply
 
 
 class Chat:
-    """A conversation. While one adapter answers, what it has read of it is not read again but for its last turn.
+    """A conversation. While one adapter answers, pieces of 64 tokens of what it has read are not read again.
 
     Args:
         pool: Who answers.
