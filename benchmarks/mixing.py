@@ -44,6 +44,19 @@ class Led(Request):
         return int(scores.argmax()) if self.tokens is None else self.tokens[len(self.answer)]
 
 
+def answer(decoder: Decoder, requests: Sequence[Request], gap: int) -> None:
+    """Answer requests with prepared weights, each ``gap`` steps after the one before has come in."""
+    decoder.speed_up()
+    for request in requests:
+        while not decoder.free:
+            decoder.step()
+        decoder.submit(request)
+        for _ in range(gap):
+            decoder.step()
+    while decoder.busy:
+        decoder.step()
+
+
 @click.command()
 @click.argument("adapters", nargs=-1, required=True)
 @click.option("--model", default="smollm2-135m", show_default=True, help="The base.")
@@ -84,16 +97,7 @@ def compare(adapters: Sequence[str], model: str, data: str, count: int, new_toke
     prompts = [row["input_ids"][: 8 + 3 * (i % 12)] for i, row in enumerate(islice(rows_of_data, count))]
 
     def run(rows: int, gap: int, requests: Sequence[Led]) -> list[Tensor]:
-        decoder = Decoder(base, residents.bank, rows)
-        decoder.speed_up()
-        for request in requests:
-            while not decoder.free:
-                decoder.step()
-            decoder.submit(request)
-            for _ in range(gap):
-                decoder.step()
-        while decoder.busy:
-            decoder.step()
+        answer(Decoder(base, residents.bank, rows), requests, gap)
         return [torch.stack(request.logits) for request in requests]
 
     alone = [Led(prompt, slot, new_tokens) for prompt, slot in zip(prompts, slots, strict=True)]

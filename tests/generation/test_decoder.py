@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import lorafleet.generation.decoder as module
+from benchmarks.mixing import answer
 from lorafleet.config import GenerationConfig
 from lorafleet.errors import ModelError
 from lorafleet.generation.decode import generate_ids
@@ -91,14 +92,7 @@ def test_logits_are_the_same_to_the_bit_alone_and_among_others(
 
     def run(rows: int, gap: int, order: Sequence[int]) -> list[Tensor]:
         requests = [Recorded(prompts[i], slots[i], answers[i]) for i in order]
-        decoder = Decoder(base, bank, rows)
-        decoder.speed_up()
-        for request in requests:
-            decoder.submit(request)
-            for _ in range(gap):
-                decoder.step()
-        while decoder.busy:
-            decoder.step()
+        answer(Decoder(base, bank, rows), requests, gap)
         return [torch.stack(request.logits) for request in requests]
 
     alone = [run(1, 0, [i])[0] for i in range(len(prompts))]
