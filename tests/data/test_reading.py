@@ -141,7 +141,7 @@ BAD_FILES: list[tuple[str, bytes, str]] = [
     ("a.csv", b"", "is empty"),
     ("a.json", b"", "is empty"),
     ("a.parquet", b"", "cannot read .* as Parquet"),
-    ("a.jsonl", gzip.compress(b""), "is empty"),
+    ("a.jsonl", gzip.compress(b"", mtime=0), "is empty"),
     ("a.json", b"\n \n", "has no rows, only empty lines"),
     ("a.jsonl", json_lines(ROWS).decode().encode("utf-16"), "is in UTF-16 or UTF-32.*iconv -f UTF-16 -t UTF-8"),
     ("a.jsonl", json_lines(ROWS).decode().encode("utf-16-le"), "is in UTF-16"),
