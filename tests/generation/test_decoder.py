@@ -184,8 +184,8 @@ def test_a_long_prompt_does_not_keep_others_from_their_next_token(monkeypatch: p
 class Calling(Recorded):
     """Calls back after each token."""
 
-    def __init__(self, *own: object, back: Callable[[], object]) -> None:
-        super().__init__(*own)  # type: ignore[arg-type]
+    def __init__(self, prompt: Sequence[int], slot: int, forced: Sequence[int], back: Callable[[], object]) -> None:
+        super().__init__(prompt, slot, forced)
         self.back = back
 
     def take(self, token: int) -> None:
