@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
+from weakref import ref
 
 import numpy as np
 import pytest
@@ -294,6 +295,25 @@ def test_a_refilled_slot_ends_as_if_its_adapter_had_trained_alone(size: int) -> 
     for number in range(len(QUEUED)):
         if number not in (1, 4):
             assert_same(waiting.results[f"m{number}"], by_itself(number), tolerance=1e-10)
+
+
+def test_who_has_ended_is_let_go_before_others_join(monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting, ended, left = Waiting(QUEUED[:4]), list[ref[Member]](), list[int]()
+    enter, leave = waiting.next, waiting.ended
+
+    def counting_next() -> Candidate | None:
+        left.append(sum(one() is not None for one in ended))
+        return enter()
+
+    def noting_ended(members: Sequence[Member]) -> None:
+        ended.extend(map(ref, members))
+        leave(members)
+
+    monkeypatch.setattr(waiting, "next", counting_next)
+    monkeypatch.setattr(waiting, "ended", noting_ended)
+    train_queue(waiting, 2)
+    assert len(ended) == 4
+    assert not any(left)
 
 
 def test_the_order_of_the_queue_changes_nothing() -> None:

@@ -65,33 +65,37 @@ class Population:
             TrainingError: One adapter by itself does not fit into memory.
         """
         self.bank.train()
-        while active := self._active():
-            self._step(active)
-            self.steps += 1
-            self._evaluate(active)
-            for member in active:
-                self._end_if_done(member)
-            due = any(member.is_due(self.run.save_strategy, self.run.save_steps) for member in active)
-            if self.queue and (ended := [member for member in active if not member.active]):
-                self.bank.eval()  # they are measured as they will be used, without dropout
-                self.queue.dismiss(ended)
-                self.bank.train()
-            if self.stop_requested():
-                self._checkpoint()
-                raise Interrupted(f"stopped at step {self.steps}")
-            if due:
-                self._checkpoint()
+        while self._gather():
+            self._round(self.members)
         self.bank.eval()
 
-    def _active(self) -> list[Member]:
-        """Who trains in the next step: those who still do, and those who join."""
+    def _gather(self) -> bool:
+        """Keep those who still train, let others join, and tell whether anybody trains."""
         self.members = [member for member in self.members if member.active]
         joined = self.queue.admit() if self.queue else []
         if joined:
             for member in self.members:
                 member.check_bound()
         self.members += joined
-        return self.members
+        return bool(self.members)
+
+    def _round(self, active: Sequence[Member]) -> None:
+        """A step of everybody and what is due after it; it holds none of them when others join, nor their memory."""
+        self._step(active)
+        self.steps += 1
+        self._evaluate(active)
+        for member in active:
+            self._end_if_done(member)
+        due = any(member.is_due(self.run.save_strategy, self.run.save_steps) for member in active)
+        if self.queue and (ended := [member for member in active if not member.active]):
+            self.bank.eval()  # they are measured as they will be used, without dropout
+            self.queue.dismiss(ended)
+            self.bank.train()
+        if self.stop_requested():
+            self._checkpoint()
+            raise Interrupted(f"stopped at step {self.steps}")
+        if due:
+            self._checkpoint()
 
     def _step(self, active: Sequence[Member]) -> None:
         """One optimizer step of every active member; their micro-batches share forward and backward passes."""
