@@ -129,7 +129,11 @@ def test_a_norms_backward_pass_is_autograds(dtype: torch.dtype, tolerance: float
         * torch.logspace(-3, 2, 7).to(dtype)[:, None]
     )
     grad, found = torch.randn(7, 33, generator=torch.Generator().manual_seed(1)).to(dtype), []
-    for norm in (lambda x: module._rms_scaled(x, 1e-5), lambda x: F.rms_norm(x.double(), (33,), None, 1e-5)):
+    weight = torch.linspace(0.5, 2, 33).to(dtype)
+    for norm in (
+        lambda x: module._trained_rms_norm(x, weight, 1e-5),
+        lambda x: F.rms_norm(x.double(), (33,), weight.double(), 1e-5),
+    ):
         leaf = x.clone().requires_grad_()
         y = norm(leaf)
         y.backward(grad.to(y.dtype))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from transformers.activations import ACT2FN
 
 from lorafleet.lora.layer import LoraLinear
 from lorafleet.lora.shared_input import SharedInput
@@ -31,6 +32,8 @@ _WINDOWS: dict[str, Callable[[Any], int | None]] = {
     "transformers.models.qwen3.modeling_qwen3.Qwen3Model": lambda attention: attention.sliding_window,
 }
 """How many tokens an attention module of each class sees."""
+
+_SILU = type(ACT2FN["silu"])
 
 
 @dataclass(frozen=True)
@@ -128,9 +131,8 @@ class LeanLayers:
         if type(norm).__module__ != self.home or _is_heard(norm) or x.dtype == torch.float64:
             return cast(Tensor, norm(x))
         if torch.is_grad_enabled():
-            scaled = _rms_scaled(x, norm.variance_epsilon)
-        else:
-            scaled = F.rms_norm(x.float(), x.shape[-1:], None, norm.variance_epsilon).to(x.dtype)
+            return _trained_rms_norm(x, norm.weight, norm.variance_epsilon)
+        scaled = F.rms_norm(x.float(), x.shape[-1:], None, norm.variance_epsilon).to(x.dtype)
         return cast(Tensor, norm.weight * scaled)
 
     def _attended(
@@ -176,41 +178,89 @@ def _rms_norm(norm: Any, x: Tensor) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
 
 
-class _RmsScaled(torch.autograd.Function):
-    """``y = x·s``, ``s = 1/sqrt(mean(x²) + eps)``;  ``∂L/∂x = s·g - x·s³·mean(g∘x)`` for ``g = ∂L/∂y``."""
+class _RmsNorm(torch.autograd.Function):
+    """``y = w∘x·s``, ``s = 1/sqrt(mean(x²) + eps)``;  ``∂L/∂x = s·g - x·s³·mean(g∘x)`` for ``g = w∘∂L/∂y``."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
-        wide = x.float()
-        squares = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        squares = torch.linalg.vector_norm(x.float(), dim=-1, keepdim=True).square_()
         scale = squares.div_(x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, scale)
-        scaled: Tensor = wide * scale
-        return scaled.to(x.dtype)
+        ctx.save_for_backward(x, weight, scale)
+        scaled = _scaled(x, scale)
+        return scaled.mul_(weight) if scaled.dtype == weight.dtype else weight * scaled
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        x, scale = ctx.saved_tensors
-        g = grad.float()
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        x, weight, scale = ctx.saved_tensors
+        g = (grad * weight).float()
         along = (g * x).mean(dim=-1, keepdim=True).mul_(scale**3)
-        return (g * scale).addcmul_(x.float(), along, value=-1).to(x.dtype), None
+        of_weight = (grad * _scaled(x, scale)).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        return g.mul_(scale).addcmul_(x.float(), along, value=-1).to(x.dtype), of_weight, None
 
 
-def _rms_scaled(x: Tensor, eps: float) -> Tensor:
-    """``x (…, n)`` over the root of its mean square, in float32; backward in half the passes of plain autograd's."""
-    scaled: Tensor = _RmsScaled.apply(x, eps)  # type: ignore[no-untyped-call]
-    return scaled
+def _scaled(x: Tensor, scale: Tensor) -> Tensor:
+    return (x.float() * scale).to(x.dtype)
+
+
+def _trained_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMS norm of ``x (…, n)``, in float32; backward in half the passes of plain autograd's."""
+    normed: Tensor = _RmsNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+    return normed
+
+
+class _Turned(torch.autograd.Function):
+    """:func:`_turned` in three passes over memory each way; turned back is turned by the negative angle."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, signed: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, signed)
+        return _halves_turned(x, cos, signed, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, signed = ctx.saved_tensors
+        return _halves_turned(grad, cos, signed, -1), None, None
+
+
+def _halves_turned(x: Tensor, cos: Tensor, signed: Tensor, sign: int) -> Tensor:
+    out, half = x * cos, x.shape[-1] // 2
+    (first, second), (x1, x2), (sin1, sin2) = (part.split(half, dim=-1) for part in (out, x, signed))
+    first.addcmul_(x2, sin1, value=sign)
+    second.addcmul_(x1, sin2, value=sign)
+    return out
 
 
 def _turned(x: Tensor, cos: Tensor, signed: Tensor) -> Tensor:
     """Rotary positions: ``x·cos + (-x2, x1)·sin`` for halves ``x1, x2``; the sign is in ``signed`` already."""
+    if torch.is_grad_enabled():
+        return cast(Tensor, _Turned.apply(x, cos, signed))  # type: ignore[no-untyped-call]
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), signed)
 
 
+class _GatedSilu(torch.autograd.Function):
+    """``silu(gate)∘up``; silu is computed again in the backward pass: kept, it is a seventh of a layer's memory."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+
+
 def _mlp(modules: dict[str, Any], x: Tensor) -> Tensor:
-    gate, up = _together([modules["gate_proj"], modules["up_proj"]], x)
-    return cast(Tensor, modules["down_proj"](modules["act_fn"](gate) * up))
+    (gate, up), act = _together([modules["gate_proj"], modules["up_proj"]], x), modules["act_fn"]
+    if torch.is_grad_enabled() and type(act) is _SILU and not _is_heard(act):
+        gated = _GatedSilu.apply(gate, up)  # type: ignore[no-untyped-call]
+    else:
+        gated = act(gate) * up
+    return cast(Tensor, modules["down_proj"](gated))
 
 
 def _together(layers: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
