@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
 from lorafleet.lora.packed import mapped_files, pack, page_out
@@ -51,3 +52,15 @@ def _file_bytes() -> int | None:
     status = Path("/proc/self/status")
     found = re.search(r"RssFile:\s+(\d+) kB", status.read_text()) if status.exists() else None
     return int(found[1]) * 1024 if found else None
+
+
+@pytest.mark.usefixtures("one_order")
+@pytest.mark.parametrize("shape", [(576, 1536), (192, 576), (2048, 4096)])
+def test_a_row_gives_the_same_alone_and_among_others(shape: tuple[int, int]) -> None:
+    random = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(shape, generator=random), torch.randn(130, shape[1], generator=random)
+    packed = pack(weight)
+    assert packed is not None
+    alone = torch.cat([packed.linear(row[None], None) for row in x])
+    for rows in (2, 3, 8, 65, 130):
+        assert torch.equal(packed.linear(x[:rows], None), alone[:rows])

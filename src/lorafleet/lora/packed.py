@@ -52,8 +52,10 @@ class PackedWeight:
 
         It is not for the number of rows to say: what a row gives would depend on it.
         """
-        few = self.few(x) if single else None
-        return _product(x, self._forward, bias) if few is None else few.linear(x, bias)
+        if single and (few := self.few(x)) is not None:
+            return few.linear(x, bias)
+        # On AVX-512 cores oneDNN adds up one row in another order than each of several.
+        return _product(x.repeat(2, 1), self._forward, bias)[:1] if len(x) == 1 else _product(x, self._forward, bias)
 
     def few(self, x: Tensor) -> FewRows | None:
         """The layout for few rows, if there is one and it takes ``x (rows, in)``."""
