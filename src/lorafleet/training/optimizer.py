@@ -25,7 +25,8 @@ class AdamW:
         self, tensors: Sequence[Tensor], config: TrainingConfig, ratios: Sequence[float] | None = None
     ) -> None:
         self.tensors, self.config = list(tensors), config
-        self.exp_avg, self.exp_avg_sq = _zeros(self.tensors), _zeros(self.tensors)
+        self.exp_avg = [torch.zeros_like(tensor) for tensor in self.tensors]
+        self.exp_avg_sq = [torch.zeros_like(tensor) for tensor in self.tensors]
         self.steps = torch.zeros((), dtype=torch.float32, device=self.tensors[0].device)
         self._groups: dict[float, list[int]] = {}
         for number, ratio in enumerate(ratios or [1.0] * len(self.tensors)):
@@ -51,16 +52,3 @@ class AdamW:
                 amsgrad=False,
                 maximize=False,
             )
-
-
-def _zeros(like: Sequence[Tensor]) -> list[Tensor]:
-    """Zeros for each; those of one type and device are parts of one tensor, made in one call instead of hundreds."""
-    found: dict[int, Tensor] = {}
-    kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
-    for number, tensor in enumerate(like):
-        kinds.setdefault((tensor.dtype, tensor.device), []).append(number)
-    for (dtype, device), group in kinds.items():
-        sizes = [like[number].numel() for number in group]
-        parts = torch.zeros(sum(sizes), dtype=dtype, device=device).split(sizes)
-        found |= {number: part.view(like[number].shape) for number, part in zip(group, parts, strict=True)}
-    return [found[number] for number in range(len(like))]
