@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "lorafleet"
-LAYERS = ["errors", "pace", "config", "lora", "models", "files", "registry", "methods", "data", "generation"]
+LAYERS = ["errors", "pace", "cache", "config", "lora", "models", "files", "registry", "methods", "data", "generation"]
 LAYERS += ["evaluation", "training", "search", "estimation", "advice", "comparison", "fleets", "serving", "export"]
 LAYERS += ["cli"]
 FILES = sorted(SOURCE.rglob("*.py"))

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import lorafleet
+from lorafleet.cache import cache_folder
 from lorafleet.errors import ConfigError
 from lorafleet.models import machine
-from lorafleet.models.cache import cache_folder
 from lorafleet.models.machine import (
     available_memory_bytes,
     keep_large_allocations,

@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from lorafleet.cache import cache_folder as default_cache_folder
 from lorafleet.config.data import DataConfig
 from lorafleet.data.build import build
 from lorafleet.data.encode import ChatEncoder
@@ -20,7 +21,6 @@ from lorafleet.data.report import DataReport
 from lorafleet.data.sources import find_source
 from lorafleet.data.store import SCHEMA, TokenRows
 from lorafleet.errors import DataError
-from lorafleet.models.cache import cache_folder as default_cache_folder
 from lorafleet.models.digest import remembered_sha256, sha256_json, tokenizer_hash
 
 logger = logging.getLogger(__name__)

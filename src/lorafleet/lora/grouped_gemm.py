@@ -1,9 +1,9 @@
-"""Products of unequal sizes in one call of oneMKL, through PyTorch's own library.
+"""Products of unequal sizes in one call, by a function of this package or of oneMKL.
 
 PyTorch has a batched product of equal sizes only; oneMKL, which its CPU builds carry, takes groups of any sizes
 (``?gemm_batch``, oneMKL's reference for C, BLAS-like extensions). A loop over products starts each of them by itself
-and shares it between all threads: 1.2 to 1.8 times as slow on two cores. The function is looked for and tried; without
-it there is no grouped product on a CPU.
+and shares it between all threads: 1.2 to 1.8 times as slow on two cores. ``gemm_batch.c`` takes the same arguments. The
+function is looked for and tried; without one there is no grouped product on a CPU.
 """
 
 import ctypes
@@ -12,12 +12,14 @@ from functools import cache
 from itertools import groupby
 from pathlib import Path
 from threading import Lock
-from typing import NamedTuple, Self, cast
+from typing import Any, NamedTuple, Self, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from lorafleet.lora.compiled import compiled_gemm
 
 Numbers = NDArray[np.int64]
 
@@ -170,11 +172,13 @@ def _layout(operand: Operand) -> tuple[str, int]:
 
 @cache
 def _gemm_function(dtype: torch.dtype) -> Callable[..., None] | None:
-    """OneMKL's function for this type; none where PyTorch has been built without it."""
-    try:
-        function = getattr(ctypes.CDLL(str(_LIBRARY)), _NAMES[dtype])
-    except (OSError, AttributeError, KeyError):
-        return None
+    """The function for this type: ours, or oneMKL's; none where PyTorch has been built without it."""
+    function: Any = compiled_gemm() if dtype == torch.float32 else None
+    if function is None:
+        try:
+            function = getattr(ctypes.CDLL(str(_LIBRARY)), _NAMES[dtype])
+        except (OSError, AttributeError, KeyError):
+            return None
     function.argtypes, function.restype = [ctypes.c_char_p] * 2 + [ctypes.c_void_p] * 13, None
     return cast(Callable[..., None], function)
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from lorafleet.cache import cache_folder
 from lorafleet.errors import MissingExtraError, ModelError
-from lorafleet.models.cache import cache_folder
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorafleet.cache import cache_folder
 from lorafleet.errors import ModelError
-from lorafleet.models.cache import cache_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -16,8 +16,9 @@ import torch
 from packaging.requirements import Requirement
 
 import lorafleet
+from lorafleet.cache import cache_folder
 from lorafleet.errors import ConfigError, did_you_mean
-from lorafleet.models.cache import cache_folder
+from lorafleet.lora.compiled import compiled_gemm
 from lorafleet.models.demo import demo_base_place
 
 _PACKAGES = (
@@ -213,6 +214,7 @@ def doctor() -> dict[str, Any]:
             "padding-free training": True,
             "large allocations kept": platform.libc_ver()[0] == "glibc",
             "prepacked weights (oneDNN)": hasattr(torch.ops.mkldnn, "_reorder_linear_weight"),
+            "small products compiled (GCC)": compiled_gemm() is not None,
             "bfloat16 on the device": pick_dtype("auto", device) == torch.bfloat16,
         },
         "extras": _extras(),

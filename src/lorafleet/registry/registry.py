@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 from sqlalchemy import URL, Connection, insert, select, update
 
+from lorafleet.cache import cache_folder
 from lorafleet.errors import ConfigError, RegistryError, raise_all
-from lorafleet.models.cache import cache_folder
 from lorafleet.registry import queries
 from lorafleet.registry.blobs import Blobs, LocalBlobs, open_blobs
 from lorafleet.registry.contents import hashes, read_contents, revision_of
