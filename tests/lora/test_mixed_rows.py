@@ -41,7 +41,8 @@ def test_each_segment_gets_its_slots_product(dtype: torch.dtype) -> None:
             for s in layer.segments:
                 rows = slice(s.start, s.stop)
                 wanted[rows] = s.scaling * x[rows] @ layer.lora_A[s.slot].T @ layer.lora_B[s.slot]
-            assert torch.allclose(y, wanted, rtol=1e-5 if dtype == torch.float32 else 1e-12)
+            near = 1e-5 if dtype == torch.float32 else 1e-12
+            torch.testing.assert_close(y, wanted, rtol=near, atol=near)
 
 
 @pytest.mark.usefixtures("one_order")
