@@ -14,7 +14,7 @@ enum { W = 16, TALL = 8, WIDE = 3, ACROSS = 6 }; /* numbers in a register; tiles
 #else
 enum { W = 8, TALL = 4, WIDE = 3, ACROSS = 3 }; /* and 16 */
 #endif
-enum { ROWS = 4 }; /* of a tile of dot products */
+enum { ROWS = 4, SHORT = 128 }; /* rows of a tile of dot products, and numbers in one that is short */
 #define EVERY(i, count) _Pragma("GCC unroll 8") for (int i = 0; i < (count); i++)
 #define INLINE static inline __attribute__((always_inline))
 
@@ -61,21 +61,29 @@ INLINE void dots(const Sizes *s, const float *l, const float *r, float *c, const
     }
 }
 
-/* A tile of C of whole registers: rows of R lie side by side in memory. */
-INLINE void lines(const Sizes *s, const float *l, const float *r, float *c, const int rows, const int columns)
+/* A tile of C, `valid` of whose columns are wanted: rows of R lie side by side in memory, r_row apart. */
+INLINE void lines(const Sizes *s, const float *l, const float *r, i64 r_row, float *c, const int rows,
+                  const int columns, i64 valid)
 {
     vec acc[TALL][WIDE] = {};
     for (i64 p = 0; p < s->k; p++) {
         vec right[WIDE];
-        EVERY(j, columns) right[j] = *(const vec *)(r + p * s->r_row + j * W);
+        EVERY(j, columns) right[j] = *(const vec *)(r + p * r_row + j * W);
         EVERY(i, rows) {
             float left = l[i * s->l_row + p * s->l_col];
             EVERY(j, columns) acc[i][j] += left * right[j];
         }
     }
     EVERY(i, rows) EVERY(j, columns) {
-        vec *to = (vec *)(c + i * s->c_row + j * W);
-        *to = s->beta ? s->alpha * acc[i][j] + s->beta * *to : s->alpha * acc[i][j];
+        float *to = c + i * s->c_row + j * W;
+        if (valid >= (j + 1) * W) {
+            *(vec *)to = s->beta ? s->alpha * acc[i][j] + s->beta * *(vec *)to : s->alpha * acc[i][j];
+        } else {
+            float part[W];
+            memcpy(part, &acc[i][j], sizeof part);
+            for (i64 q = 0; q < valid - j * W; q++)
+                put(s, to + q, part[q]);
+        }
     }
 }
 
@@ -104,10 +112,35 @@ INLINE void line_rows(const Sizes *s, const float *l, const float *r, float *c, 
 {
     i64 j = 0;
     for (; j + WIDE * W <= s->m; j += WIDE * W)
-        lines(s, l, r + j, c + j, rows, WIDE);
+        lines(s, l, r + j, s->r_row, c + j, rows, WIDE, WIDE * W);
     for (; j + W <= s->m; j += W)
-        lines(s, l, r + j, c + j, rows, 1);
+        lines(s, l, r + j, s->r_row, c + j, rows, 1, W);
     each(s, l, r, c, rows, j);
+}
+
+/* Dot products too short to be summed up across a register: columns of R become rows of a buffer. */
+static void short_dots(const Sizes *s, const float *l, const float *r, float *c)
+{
+    float rows[SHORT][WIDE * W];
+    for (i64 j = 0; j < s->m; j += WIDE * W) {
+        const i64 valid = s->m - j < WIDE * W ? s->m - j : WIDE * W;
+        memset(rows, 0, sizeof rows);
+        for (i64 q = 0; q < valid; q++)
+            for (i64 p = 0; p < s->k; p++)
+                rows[p][q] = r[(j + q) * s->r_col + p];
+        const float *packed = rows[0];
+        i64 i = 0;
+#define LINES(height, columns) \
+    for (; i + (height) <= s->n; i += (height)) \
+        lines(s, l + i * s->l_row, packed, WIDE * W, c + i * s->c_row + j, height, columns, valid);
+        if (valid > W) {
+            LINES(TALL, WIDE)
+            LINES(1, WIDE)
+        } else {
+            LINES(TALL, 1)
+            LINES(1, 1)
+        }
+    }
 }
 
 static void product(const Sizes *s, const float *l, const float *r, float *c)
@@ -120,6 +153,8 @@ static void product(const Sizes *s, const float *l, const float *r, float *c)
             line_rows(s, l + i * s->l_row, r, c + i * s->c_row, TALL / 2);
         for (; i < s->n; i++)
             line_rows(s, l + i * s->l_row, r, c + i * s->c_row, 1);
+    } else if (s->k <= SHORT) {
+        short_dots(s, l, r, c);
     } else if (s->l_col == 1) {
         for (; i + ROWS <= s->n; i += ROWS)
             dot_rows(s, l + i * s->l_row, r, c + i * s->c_row, ROWS);

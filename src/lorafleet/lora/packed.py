@@ -27,7 +27,7 @@ ROWS = 512
 """Rows that the layout is made for; it serves any number."""
 
 
-_WIDTHS = (16, 32, 48)
+_WIDTHS = (16, 24, 48)
 
 
 class PackedWeight:
