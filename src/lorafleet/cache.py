@@ -1,4 +1,4 @@
-"""The cache folder: converted bases and file digests. Deleting it loses nothing but time."""
+"""The cache folder: converted bases, tokenized rows, file digests, compiled products. Deleting it loses only time."""
 
 import os
 import sys

@@ -1,8 +1,8 @@
 """Frozen weights laid out for products of a few rows: what decoding does with them, one step after another.
 
 Libraries lay a weight out for many rows. Of few, a product is as fast as its weight is read: narrow blocks of the
-transposed weight, each read in one go and multiplied into registers, by oneMKL's batched product. On two AVX2 cores all
-products of eight rows of SmolLM2 took 49 ms so and 69 in oneDNN's layout, of one row 40 and 52.
+transposed weight, each read in one go and multiplied into registers by the grouped product. On two AVX2 cores, with
+oneMKL's, all products of eight rows of SmolLM2 took 49 ms so and 69 in oneDNN's layout, of one row 40 and 52.
 """
 
 from collections.abc import Callable
@@ -16,13 +16,13 @@ from torch import Tensor
 from lorafleet.lora.grouped_gemm import Gemms, Sizes
 
 LEAST = 4
-"""Rows that are computed at least. From so many on oneMKL adds in one order, whatever the number of rows."""
+"""Rows that are computed at least. From so many on oneMKL too adds in one order, whatever the number of rows."""
 
 
 class FewRows:
     """A frozen ``(out, in)`` matrix on a CPU for products of few rows.
 
-    What a row gives is the same to the bit, alone or among others, where oneMKL's kernels are made so (AVX2's are).
+    What a row gives is the same to the bit, alone or among others, where kernels are made so (ours, and oneMKL's for AVX2).
 
     Args:
         blocks: Its transposed columns in blocks of ``width``, one after another; the last may be narrower.
