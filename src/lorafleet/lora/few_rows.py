@@ -22,7 +22,7 @@ LEAST = 4
 class FewRows:
     """A frozen ``(out, in)`` matrix on a CPU for products of few rows.
 
-    What a row gives is the same to the bit, alone or among others, where kernels are made so (ours, and oneMKL's for AVX2).
+    What a row gives is the same to the bit, alone or among others, where kernels are made so: ours, oneMKL's for AVX2.
 
     Args:
         blocks: Its transposed columns in blocks of ``width``, one after another; the last may be narrower.

@@ -3,8 +3,8 @@
 Each step makes hundreds of such products, and of one row each they are all overhead. So whatever does not change from
 step to step is laid out once: two grouped products for all rows of all layers that read the same input.
 
-What a row gets is the same to the bit, whatever the others are: oneMKL too adds in one order where each product has one row
-and all of a call have a multiple of ``_STEP`` sums. Rows of one slot as one product would be added in others.
+What a row gets is the same to the bit, whatever the others are: oneMKL too adds in one order where each product has
+one row and all of a call have a multiple of ``_STEP`` sums. Rows of one slot as one product would be added in others.
 """
 
 from collections.abc import Sequence
