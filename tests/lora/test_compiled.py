@@ -60,8 +60,11 @@ def test_it_is_compiled_once_and_kept(library: Path, monkeypatch: pytest.MonkeyP
     assert compiled.compiled_gemm() is not None
 
 
+WRITES = 'while [ "$1" != -o ]; do shift; done; echo >"$2"'
+
+
 @pytest.mark.parametrize(
-    "script", ["echo no such flag >&2; exit 1", 'while [ "$1" != -o ]; do shift; done; echo >"$2"']
+    "script", [f"{WRITES}; echo no such flag >&2; exit 1", WRITES], ids=["fails", "writes no library"]
 )
 def test_a_compiler_that_fails_leaves_it_to_the_library(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, script: str
@@ -116,7 +119,7 @@ def two_threads() -> Iterator[None]:
 
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("across", [False, True], ids=["R by rows", "R by columns"])
-@pytest.mark.parametrize(("k", "m"), [(1, 1), (8, 48), (53, 64), (100, 53), (576, 24)])
+@pytest.mark.parametrize(("k", "m"), [(1, 1), (8, 48), (53, 64), (100, 53), (205, 10), (576, 24)])
 def test_what_a_row_gives_does_not_depend_on_the_others(across: bool, k: int, m: int) -> None:
     require()
     random = torch.Generator().manual_seed(0)
