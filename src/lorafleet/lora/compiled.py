@@ -40,7 +40,10 @@ def compiled_gemm() -> Callable[..., None] | None:
         library = ctypes.CDLL(str(_library([compiler, *_FLAGS, *target])))
     except (OSError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip()
-        logger.warning("%s cannot be compiled, so small products are slower: %s %s", SOURCE.name, error, said)
+        place = f"{cache_folder()}, which LORAFLEET_CACHE sets"
+        logger.warning(
+            "small products are slower: %s cannot be compiled into %s: %s %s", SOURCE.name, place, error, said
+        )
         return None
     if _thread_pools() != pools:
         logger.info("small products are left to oneMKL: GCC's threads are not those that PyTorch has")
