@@ -37,12 +37,12 @@ def test_each_segment_gets_its_slots_product(dtype: torch.dtype) -> None:
         joint.zero_()
         prepared.add(x, outputs)
         for layer, y in zip(both, outputs, strict=True):
-            wanted = torch.zeros_like(y)
+            wanted = torch.zeros_like(y, dtype=torch.float64)
             for s in layer.segments:
                 rows = slice(s.start, s.stop)
-                wanted[rows] = s.scaling * x[rows] @ layer.lora_A[s.slot].T @ layer.lora_B[s.slot]
-            near = 1e-5 if dtype == torch.float32 else 1e-12
-            torch.testing.assert_close(y, wanted, rtol=near, atol=near)
+                low_A, low_B = layer.lora_A[s.slot].double(), layer.lora_B[s.slot].double()
+                wanted[rows] = s.scaling * x[rows].double() @ low_A.T @ low_B
+            assert torch.allclose(y.double(), wanted, rtol=1e-5 if dtype == torch.float32 else 1e-12)
 
 
 @pytest.mark.usefixtures("one_order")
