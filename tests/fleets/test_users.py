@@ -2,16 +2,21 @@
 
 import hashlib
 import json
+import math
 from collections import Counter
+from datetime import UTC, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from lorafleet.config.data import DataConfig
 from lorafleet.config.fleet import UsersConfig
-from lorafleet.data.conversation import Conversation, Turn
+from lorafleet.data.conversation import BadRow, Conversation, Turn
 from lorafleet.data.shapes import convert_row, detect_shape
 from lorafleet.errors import CheckpointError, DataError
 from lorafleet.fleets.users import KEYED, PLAIN, Users, clear_rows, kind_of, split_users
@@ -198,6 +203,22 @@ def test_half_of_a_surrogate_pair_stays_one(tmp_path: Path) -> None:
     users = split(tmp_path, [*user_rows("ann", 4), {"user": "ann", "text": "half \ud800", "label": "good"}])
     rows = rows_of(users.folders["ann"]) + rows_of(users.folders["ann"], "test")
     assert {"text": "half \ud800", "label": "good"} in rows
+
+
+@pytest.mark.parametrize("value", [datetime(2026, 11, 3, tzinfo=UTC), Decimal("1.5"), b"\x00", math.nan])
+def test_parquet_values_that_json_has_no_form_for(tmp_path: Path, value: Any) -> None:
+    """A column beside the row's own costs nothing; as a label, such a value is refused as the loader refuses it."""
+    columns = {"user": ["ann"] * 4, "text": list("abcd"), "label": ["good"] * 4, "more": [value] * 4}
+    for name, labels in (("beside", columns["label"]), ("label", columns["more"])):
+        pq.write_table(pa.table(columns | {"label": labels}), tmp_path / f"{name}.parquet")
+        config = UsersConfig(data=str(tmp_path / f"{name}.parquet"), min_rows=1)
+        users = split_users(config, tmp_path / name, 0, DataConfig(data=config.data, data_format="text_label"))
+        row = rows_of(users.folders["ann"])[0]
+        if name == "beside":
+            assert convert_row("text_label", row).label == "good"
+        else:
+            with pytest.raises(BadRow, match="label must be text or a whole number"):
+                convert_row("text_label", row)
 
 
 def test_plain_text_has_no_prompt_for_the_key(tmp_path: Path) -> None:

@@ -295,10 +295,15 @@ def _fields(rows: Iterable[UserRow]) -> list[dict[str, Any]]:
 
 def _write(folder: Path, train: Iterable[Mapping[str, Any]], test: Iterable[Mapping[str, Any]]) -> Path:
     for name, rows in (("train", train), ("test", test)):
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        text = "".join(json.dumps(row, ensure_ascii=False, default=_no_text) + "\n" for row in rows)
         # Half of a surrogate pair, which UTF-8 has no form for, stays the escape that it was.
         write_bytes(folder / f"{name}.jsonl", text.encode("utf-8", "backslashreplace"))
     return folder
+
+
+def _no_text(value: object) -> dict[str, str]:
+    """What JSON has no form for, as an object, which no shape takes for text either: a date must not become a label."""
+    return {type(value).__name__: str(value)}
 
 
 def _some(words: Any) -> str:
