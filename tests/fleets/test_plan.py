@@ -68,3 +68,13 @@ def test_a_name_twice_in_the_file(tmp_path: Path) -> None:
     file.write_text("model: tiny\noutput_dir: out\ntasks:\n  a: {data: x}\n  a: {data: y}\n")
     with pytest.raises(ConfigError, match="line 5.*'a' is already on line 4"):
         read_plan(file, {})
+
+
+def test_names_twice_are_told_with_what_else_is_wrong(tmp_path: Path) -> None:
+    file = tmp_path / "fleet.yml"
+    file.write_text(
+        "model: tiny\noutput_dir: out\ntasks:\n  a: {data: x, r: 0}\n  b/c: {data: x}\n  b/c: {}\n  a: {r: -1}\n"
+    )
+    twice = "line 6, column 3: key 'b/c' is already on line 5.*line 7, column 3: key 'a' is already on line 4"
+    with pytest.raises(ConfigError, match=rf"(?s)6 faults.*{twice}.*a: .*r = -1.*'b/c' should begin"):
+        read_plan(file, {})

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from lorafleet.errors import ConfigError, did_you_mean
+from lorafleet.errors import ConfigError, did_you_mean, raise_all
 
 LARGEST_FILE = 1 << 20  # bytes; a larger file is a model or a data set given by mistake
 
@@ -38,13 +38,17 @@ class Entry(NamedTuple):
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers = {}  # noqa: RUF012  (PyYAML copies it on the first addition)
 
+    def __init__(self, text: str | bytes) -> None:
+        super().__init__(text)
+        self.twice: list[str] = []  # keys that stand twice in one mapping, and where
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         lines: dict[str, int] = {}
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in lines:
-                problem = f"key {key.value!r} is already on line {lines[key.value]}; keep one"
-                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-            lines[key.value] = key.start_mark.line + 1
+                place = f"line {key.start_mark.line + 1}, column {key.start_mark.column + 1}"
+                self.twice.append(f"{place}: key {key.value!r} is already on line {lines[key.value]}; keep one")
+            lines.setdefault(key.value, key.start_mark.line + 1)
         return super().construct_mapping(node, deep=True)
 
 
@@ -64,11 +68,16 @@ _Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value,
 _Loader.add_constructor("tag:yaml.org,2002:float", lambda _, node: _float(node.value))
 
 
-def read_mapping(path: Path) -> list[Entry]:
+def read_mapping(path: Path, faults: list[str] | None = None) -> list[Entry]:
     """Read a YAML (or JSON) file that holds one mapping.
 
+    Args:
+        path: The file.
+        faults: Takes keys that stand twice, to be told with what else is wrong; the last of each is read.
+
     Raises:
-        ConfigError: The file is missing, no text, no valid YAML (with line and column), or holds no mapping.
+        ConfigError: The file is missing, no text, no valid YAML (with line and column), or holds no mapping; where
+            ``faults`` are not given, keys stand twice.
     """
     content = _read_bytes(path)
     try:
@@ -93,6 +102,11 @@ def read_mapping(path: Path) -> list[Entry]:
         raise ConfigError(f"{path}: {error}") from error
     except RecursionError as error:
         raise ConfigError(f"{path} is nested too deeply; keys are flat") from error
+    twice = [f"{path}, {fault}" for fault in loader.twice]
+    if faults is None:
+        raise_all(ConfigError, twice, f"{path} cannot be read")
+    else:
+        faults += twice
     return [Entry(name, value, f" in {path}, line {lines[name]}") for name, value in values.items()]
 
 
@@ -103,9 +117,13 @@ def parse_scalar(text: str) -> Any:
         ValueError: It is not valid YAML.
     """
     try:
-        return yaml.load(text, Loader=_Loader)
+        loader = _Loader(text)
+        value = loader.get_single_data()
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{text!r} is not valid YAML") from error
+    if loader.twice:
+        raise ValueError(f"{text!r} is not valid YAML: {loader.twice[0]}")
+    return value
 
 
 def dump_mapping(values: Mapping[str, Any]) -> str:

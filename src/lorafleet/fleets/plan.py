@@ -89,9 +89,11 @@ def read_plan(source: Mapping[str, Any] | str | os.PathLike[str], knobs: Mapping
     Raises:
         ConfigError: Every fault of the structure at once: unknown keys, wrong values, names that cannot be.
     """
-    entries = dict(source) if isinstance(source, Mapping) else {e.name: e.value for e in read_mapping(Path(source))}
-    entries = {key: os.fspath(value) if isinstance(value, os.PathLike) else value for key, value in entries.items()}
-    whole_source, faults = {**entries, **knobs}, list[str]()
+    faults = list[str]()
+    if not isinstance(source, Mapping):
+        source = {entry.name: entry.value for entry in read_mapping(Path(source), faults)}
+    entries = {key: os.fspath(value) if isinstance(value, os.PathLike) else value for key, value in source.items()}
+    whole_source = {**entries, **knobs}
     nested = {key: _mapping(key, entries.pop(key, None), faults) for key in _NESTED}
     unknown = [key for key in entries if isinstance(key, str) and key.replace("-", "_") in _member_keys()]
     faults += [f"{key} belongs to an adapter: put it under defaults, or under a task" for key in unknown]

@@ -28,11 +28,11 @@ def conclusion(result: FleetResult) -> list[str]:
     counts = ", ".join(f"{len(found)} {status}" for status, found in by.items() if found)
     sentences = [f"{len(result.members)} adapters: {counts}."]
     for who, (gain, interval) in result.pooled_gains.items():
-        low, high = interval or (0.0, 0.0)
+        low, high = interval or (0.0, 0.0)  # a single row tells nothing of chance
         metric = result.pooled_metric
         whom = {"majority": "each user's most frequent label", "base": "the base"}.get(who, f"the {who} adapter")
         what = "better than" if low > 0 else "worse than" if high < 0 else "within noise of"
-        figures = _with_interval(metric, gain, (low, high))
+        figures = _with_interval(metric, gain, interval) + ("" if interval else " on a single row")
         sentences.append(
             f"Over all users' held-out rows, own adapters are {what} {whom}: {in_words(metric)} {figures}."
         )
