@@ -19,6 +19,7 @@ from lorafleet.config import (
     load_sections,
     switches,
 )
+from lorafleet.config.yaml_text import parse_scalar
 from lorafleet.errors import ConfigError
 
 TRAIN = (ModelConfig, DataConfig, LoraConfig, TrainingConfig, ValidationConfig, RunConfig)
@@ -178,6 +179,17 @@ def test_broken_yaml_names_the_place(tmp_path: Path, content: str | bytes, part:
     message = fault(LORA, path)
     assert message.startswith(str(path))
     assert part in message
+
+
+def test_keys_twice_are_told_together(tmp_path: Path) -> None:
+    message = fault(LORA, write(tmp_path, "r: 1\nr: 2\nlora_alpha: 8\nr: 3\nlora_alpha: 8"))
+    assert "3 faults" in message and message.count("'r' is already on line 1") == 2 and "on line 3" in message
+
+
+def test_a_flags_mapping_has_each_key_once() -> None:
+    assert parse_scalar("{r: [4, 8]}") == {"r": [4, 8]}
+    with pytest.raises(ValueError, match="not valid YAML: line 1, column 11: key 'r' is already on line 1"):
+        parse_scalar("{r: [4],  r: [8]}")
 
 
 def test_missing_files_suggest_their_neighbour(tmp_path: Path) -> None:
